@@ -1,0 +1,220 @@
+"""Checkpoints in and out: a folder as Hugging Face writes it, or the name of one that ships.
+
+A folder holds config.json, model.safetensors (or shards and their index), tokenizer.json, and
+optionally offramp.json: the exit layer and draft length that `offramp tune` found best.
+Fused matrices are split on saving, so transformers loads what we save.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from offramp.config import DecoderConfig, strict
+from offramp.errors import CheckpointError
+from offramp.files import replacing
+from offramp.models.decoder_lm import DecoderLM
+from offramp.models.hf_config import from_hf, to_hf
+from offramp.tokenizer import TextTokenizer
+
+_PACKAGED = Path(__file__).parent.parent / "checkpoints"
+SHIPPED = {"lm-tiny": _PACKAGED / "lm-tiny", "parse-tiny": _PACKAGED / "parse-tiny"}
+
+# Ours <- theirs: one matrix of ours may be several of theirs, stacked.
+_LAYER_NAMES = {
+    "attention_norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.output": ("self_attn.o_proj",),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "feed_forward_norm": ("post_attention_layernorm",),
+    "feed_forward.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "feed_forward.down": ("mlp.down_proj",),
+}
+_TOP_NAMES = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "unembedding": "lm_head",
+}
+
+
+@dataclass(frozen=True)
+class DraftDefaults:
+    """What drafts best with this checkpoint: offramp.json. None: not known."""
+
+    exit_layer: int | None = None
+    num_draft_tokens: int | None = None
+
+
+def resolve(name: str) -> Path:
+    """The folder of a shipped name, a path, or a hub id (downloaded through huggingface_hub)."""
+    if name in SHIPPED:
+        return SHIPPED[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{name} is a file; a checkpoint is a folder with config.json")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name)
+    raise CheckpointError(
+        f"there is no checkpoint {name!r}; give a folder, a hub id (owner/name), "
+        f"or one that ships: {', '.join(SHIPPED)}"
+    )
+
+
+def load_config(folder: Path) -> DecoderConfig:
+    return from_hf(_read_json(folder / "config.json"))
+
+
+def load_defaults(folder: Path) -> DraftDefaults:
+    path = folder / "offramp.json"
+    return strict(DraftDefaults, _read_json(path)) if path.exists() else DraftDefaults()
+
+
+def load_decoder(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> DecoderLM:
+    """The tower in `folder`, every tensor checked by name and shape."""
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = DecoderLM(config)
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    theirs = dict(_read_tensors(folder))
+    state = {}
+    for name, shape in wanted.items():
+        parts = [_take(theirs, part, folder) for part in _their_names(name)]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}; "
+                "the files are not of one checkpoint"
+            )
+        state[name] = tensor.to(device=device, dtype=dtype)
+    ignored = ("rotary_emb.inv_freq", "lm_head.weight" if config.tied_embeddings else " ")
+    if left := [name for name in theirs if not name.endswith(ignored)]:
+        raise CheckpointError(
+            f"{folder} holds {len(left)} tensors that config.json does not explain "
+            f"(first: {left[0]}); the files are not of one checkpoint"
+        )
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def save_decoder(
+    model: DecoderLM,
+    folder: Path,
+    tokenizer: TextTokenizer | None = None,
+    defaults: DraftDefaults | None = None,
+    dtype: torch.dtype | None = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder that `load_decoder` and transformers load; whole or not at all.
+
+    dtype: of the stored weights (default: as they are). files: name -> text of further files,
+    such as README.md.
+    """
+    config = model.config
+    sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+    theirs: dict[str, Tensor] = {}
+    for name, p in model.state_dict().items():
+        names = _their_names(name)
+        split = [s * config.head_dim for s in sizes] if len(names) == 3 else len(p) // len(names)
+        for their_name, part in zip(names, p.split(split), strict=True):
+            theirs[their_name] = part.detach().to("cpu", dtype or p.dtype).contiguous().clone()
+    stored = next(iter(theirs.values())).dtype
+    raw = to_hf(config) | {"dtype": str(stored).removeprefix("torch.")}
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        save_file(theirs, temporary / "model.safetensors", {"format": "pt"})
+        (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(temporary / "tokenizer.json")
+            special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**9}
+            (temporary / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+        if defaults is not None:
+            (temporary / "offramp.json").write_text(json.dumps(asdict(defaults), indent=2) + "\n")
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+def _their_names(name: str) -> list[str]:
+    """Hugging Face's names of the tensors that make up our parameter `name`."""
+    module, kind = name.rsplit(".", 1)
+    if not module.startswith("layers."):
+        return [f"{_TOP_NAMES[module]}.{kind}"]
+    _, index, rest = module.split(".", 2)
+    return [f"model.layers.{index}.{part}.{kind}" for part in _LAYER_NAMES[rest]]
+
+
+def _take(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(
+            f"{folder} lacks the tensor {name}; the checkpoint is incomplete, fetch it anew"
+        )
+    return tensors.pop(name)
+
+
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in _weight_files(folder):
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (a handle, not a dict)
+                    yield name, file.get_tensor(name)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing; fetch the checkpoint anew") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or corrupt ({error}); fetch the checkpoint anew"
+            ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        shards = _read_json(index).get("weight_map", {})
+        return [folder / shard for shard in sorted(set(shards.values()))]
+    raise CheckpointError(
+        f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
+        "pickled weights (.bin, .pt) are not read: convert them with transformers first"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; is {path.parent} a checkpoint?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it anew") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object; fetch it anew")
+    return value
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{name} looks like a hub id, and huggingface_hub is not installed; "
+            "pip install 'offramp[hub]', or give a folder"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the library raises many kinds, all of them "cannot be had"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"cannot download {name}: {reason}; check the name and the network, or give a folder"
+        ) from error

@@ -1,0 +1,74 @@
+"""Text to token ids and back, over a `tokenizer.json` as Hugging Face writes it.
+
+`Decoder` turns a growing list of tokens into text piece by piece: a character may be spread
+over several tokens, so a piece is held back until it is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from offramp.errors import CheckpointError
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+
+
+class TextTokenizer:
+    """A tokenizer.json: `encode` adds the special tokens that the file asks for (usually BOS)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, path: Path) -> TextTokenizer:
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} is missing; a checkpoint folder needs tokenizer.json to read text"
+            )
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is no tokenizer: {error}; fetch it anew") from error
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
+
+    def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=special)
+        return [e.ids for e in encoded]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def save(self, path: Path) -> None:
+        self._tokenizer.save(str(path))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, whole_tokens: Sequence[str]) -> TextTokenizer:
+    """A byte-level BPE of `vocab_size`, with `whole_tokens` as entries that are never split."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(whole_tokens),
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in whole_tokens])
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
+    )
+    return TextTokenizer(tokenizer)

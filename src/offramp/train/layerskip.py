@@ -1,0 +1,118 @@
+"""LayerSkip training of a decoder tower: layer dropout and early-exit loss (arXiv 2404.16710).
+
+This is the task that `train/loop.py` drives: it knows what one shard of one step's batch adds
+to the gradients. Everything random is a function of (seed, step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offramp.data.batching import TokenBatches
+from offramp.errors import ConfigError
+from offramp.models.decoder_lm import DecoderLM
+from offramp.nn.layer_dropout import TIME_SCHEDULES, draw_survivors, run_survivors, time_factor
+from offramp.train.losses import IGNORE, ExitHead, early_exit_backward
+from offramp.train.schedules import ExitCurriculum, exit_weights
+
+
+@dataclass(frozen=True)
+class LayerSkipConfig:
+    """The method's settings; the defaults of `p_max` and `early_exit_scale` train plainly.
+
+    p_max: largest layer dropout rate (of the last layer). dropout_schedule: S(t), `constant`
+    or `exp`. early_exit_scale: e_scale. distill: share of the last exit's distribution in the
+    target of earlier exits (ours, not the paper's).
+    """
+
+    p_max: float = 0.0
+    dropout_schedule: str = "constant"
+    early_exit_scale: float = 0.0
+    curriculum: ExitCurriculum = field(default_factory=ExitCurriculum)
+    distill: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.p_max < 1.0:
+            raise ConfigError(f"p_max is {self.p_max}; it must be at least 0 and less than 1")
+        if self.dropout_schedule not in TIME_SCHEDULES:
+            raise ConfigError(
+                f"dropout_schedule is {self.dropout_schedule!r}; "
+                f"allowed: {', '.join(TIME_SCHEDULES)}"
+            )
+        if self.early_exit_scale < 0.0:
+            raise ConfigError(f"early_exit_scale is {self.early_exit_scale}; it must not be negative")
+        if not 0.0 <= self.distill <= 1.0:
+            raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")
+
+
+def forward_exits(
+    model: DecoderLM, tokens: Tensor, exits: set[int], survivors: Tensor, segments: Tensor | None
+) -> dict[int, Tensor]:
+    """Hidden states [B, T, D] after each layer of `exits`, with layer dropout by `survivors`."""
+    view = model.view(tokens.shape[1], segments)
+    h = model.embed(tokens)
+    hidden = {}
+    for i in range(model.config.num_layers):
+
+        def run(kept: Tensor, rows: Tensor | None, i: int = i) -> Tensor:
+            return model.layer(i, kept, view if rows is None else view.select(rows))
+
+        h = run_survivors(run, h, survivors[i])
+        if i in exits:
+            hidden[i] = h
+    return hidden
+
+
+class LayerSkipTask:
+    """Implements `train.loop.Task` for a decoder tower over token batches."""
+
+    def __init__(
+        self,
+        model: DecoderLM,
+        batches: TokenBatches,
+        layerskip: LayerSkipConfig,
+        total_steps: int,
+        seed: int,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.batches, self.layerskip = model, batches, layerskip
+        self.total_steps, self.seed, self.autocast = total_steps, seed, autocast
+
+    def backward(self, step: int, shard: int, num_shards: int) -> Mapping[str, float]:
+        """Add shard `shard`'s share of step `step`'s gradient; returns sums over its tokens."""
+        cfg, L = self.layerskip, self.model.config.num_layers
+        batch = self.batches.batch(step, shard, num_shards)
+        device = self.model.device
+        tokens, targets = batch.tokens.to(device), batch.targets.to(device)
+        weights = exit_weights(
+            step, self.total_steps, L, cfg.curriculum, cfg.early_exit_scale
+        )
+        # Not a function of the shard: all ranks drop as many samples in each layer.
+        time = time_factor(step, self.total_steps, cfg.dropout_schedule)
+        survivors = draw_survivors(L, len(tokens), cfg.p_max, time, self.seed, step)
+        with torch.autocast(
+            device.type, dtype=self.autocast, enabled=self.autocast is not None
+        ):
+            hidden = forward_exits(self.model, tokens, set(weights), survivors, None)
+            sums = early_exit_backward(
+                ExitHead(self.model.norm, self._head_weight()),
+                {i: h.flatten(0, 1) for i, h in hidden.items()},
+                targets.flatten(),
+                weights,
+                scale=1.0 / batch.total_targets,
+                distill=cfg.distill,
+            )
+        num = int((batch.targets != IGNORE).sum())
+        return {"loss": sums[L - 1], "targets": num, "tokens": batch.tokens.numel()}
+
+    def _head_weight(self) -> torch.nn.Parameter:
+        head = self.model.unembedding
+        return self.model.embedding.weight if head is None else head.weight
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError

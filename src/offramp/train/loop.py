@@ -1,0 +1,209 @@
+"""The one training loop: any task, one process or many, resumable to the bit.
+
+A task adds a shard's gradients; the loop sums them over shards and processes, steps the
+optimizers, saves its state and yields what happened. Gradients are summed by one explicit
+all-reduce after the backward pass rather than by DistributedDataParallel: the early-exit loss
+runs several backward passes and a dropped layer has no gradient, both of which DDP's hooks
+forbid. Launch several processes with torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from offramp.errors import ConfigError
+from offramp.train.checkpoint import load_state, save_state
+from offramp.train.schedules import learning_rate
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run. `num_shards` splits each batch: accumulation steps times processes."""
+
+    steps: int
+    lr: float
+    warmup_steps: int = 100
+    optimizer: str = "adamw"
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    num_shards: int = 1
+    checkpoint_every: int = 100
+    evaluate_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(
+                f"optimizer is {self.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}"
+            )
+        for name in ("steps", "num_shards", "checkpoint_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.lr <= 0.0:
+            raise ConfigError(f"lr is {self.lr}; it must be greater than 0")
+
+
+class Task(Protocol):
+    """What is trained. `model` holds the parameters, `total_steps` follows the loop's steps."""
+
+    model: nn.Module
+
+    def backward(self, step: int, shard: int, num_shards: int) -> Mapping[str, float]:
+        """Add one shard's share of the gradient; returns sums ("targets" and "tokens" among them)."""
+        ...
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Figures on development data, by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """After every step: the batch's mean loss, the gradient norm, the pace."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens_per_s: float
+    eta_s: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    path: Path
+
+
+TrainEvent = StepDone | Evaluated | Saved
+
+
+def train(
+    task: Task, config: TrainConfig, out: Path, settings: Mapping[str, Any]
+) -> Iterator[TrainEvent]:
+    """Run or resume; yields events, on every process. State lies in `out`/state.safetensors.
+
+    `settings` is all that determines the result (as JSON): a state written under others is
+    refused.
+    """
+    rank, world = _join_processes(task.model)
+    if config.num_shards % world:
+        raise ConfigError(
+            f"num_shards is {config.num_shards} for {world} processes; it must be a multiple"
+        )
+    optimizers = _optimizers(task.model, config)
+    state, settings = out / "state.safetensors", {**settings, "train": asdict(config)}
+    first = load_state(state, task.model, optimizers, settings) if state.exists() else 0
+    began, tokens = time.monotonic(), 0.0
+    for step in range(first, config.steps):
+        lr = learning_rate(step, config.steps, config.lr, config.warmup_steps)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        sums = _sum_shards(task, step, range(rank, config.num_shards, world), config.num_shards)
+        _all_reduce(task.model, sums, world)
+        norm = nn.utils.clip_grad_norm_(task.model.parameters(), config.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+        tokens += sums["tokens"]
+        pace = (time.monotonic() - began) / (step + 1 - first)
+        yield StepDone(
+            step=step + 1,
+            loss=sums["loss"] / sums["targets"],
+            grad_norm=float(norm),
+            lr=lr,
+            tokens_per_s=tokens / (time.monotonic() - began),
+            eta_s=pace * (config.steps - step - 1),
+        )
+        done = step + 1 == config.steps
+        if rank == 0 and (done or (step + 1) % config.checkpoint_every == 0):
+            save_state(state, task.model, optimizers, step + 1, settings)
+            yield Saved(step + 1, state)
+        if rank == 0 and (done or (step + 1) % config.evaluate_every == 0):
+            yield Evaluated(step + 1, task.evaluate())
+
+
+def _join_processes(model: nn.Module) -> tuple[int, int]:
+    """(rank, world size) under torchrun, joining its process group; (0, 1) without."""
+    if "WORLD_SIZE" not in os.environ or not dist.is_available():
+        return 0, 1
+    if not dist.is_initialized():
+        on_gpu = next(model.parameters()).is_cuda
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the layers' matrices and AdamW for the rest.
+
+    Muon (torch.optim.Muon) orthogonalises a matrix's update; scaled to AdamW's step size it
+    shares AdamW's learning rate.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [
+        p for n, p in named if config.optimizer == "muon" and p.ndim == 2 and "embedding" not in n
+    ]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers
+
+
+def _sum_shards(task: Task, step: int, shards: range, num_shards: int) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for shard in shards:
+        for name, value in task.backward(step, shard, num_shards).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def _all_reduce(model: nn.Module, sums: dict[str, float], world: int) -> None:
+    """Sum gradients and figures over processes, in one message each."""
+    if world == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    )
+    dist.all_reduce(flat)
+    at = 0
+    for p in parameters:
+        p.grad = flat[at : at + p.numel()].view_as(p)
+        at += p.numel()
+    figures = torch.tensor(list(sums.values()), dtype=torch.float64, device=flat.device)
+    dist.all_reduce(figures)
+    sums.update(zip(sums, figures.tolist(), strict=True))
