@@ -72,3 +72,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int, whole_tokens: Sequence[str]
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
     )
     return TextTokenizer(tokenizer)
+
+
+class TextStream:
+    """Text of a growing token list. `push` returns what a token adds, `flush` what is left.
+
+    A token is decoded together with a few before it, for tokenizers whose text depends on what
+    came before; an unfinished character is held back.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._given = 0  # tokens whose text has been given out
+        self._context = 0  # first token that is decoded again with the new ones
+
+    def push(self, token: int) -> str:
+        self._tokens.append(token)
+        text = self._new_text()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._context, self._given = self._given, len(self._tokens)
+        return text
+
+    def flush(self) -> str:
+        text = self._new_text()
+        self._context = self._given = len(self._tokens)
+        return text
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._tokens[self._context : self._given])
+        return self._tokenizer.decode(self._tokens[self._context :])[len(before) :]

@@ -91,13 +91,11 @@ def load_decoder(
     theirs = dict(_read_tensors(folder))
     state = {}
     for name, shape in wanted.items():
-        parts = [_take(theirs, part, folder) for part in _their_names(name)]
+        parts = [
+            _take(theirs, part, (rows, *shape[1:]), folder)
+            for part, rows in _their_rows(name, shape[0], config)
+        ]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{folder}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}; "
-                "the files are not of one checkpoint"
-            )
         state[name] = tensor.to(device=device, dtype=dtype)
     ignored = ("rotary_emb.inv_freq", "lm_head.weight" if config.tied_embeddings else " ")
     if left := [name for name in theirs if not name.endswith(ignored)]:
@@ -124,12 +122,10 @@ def save_decoder(
     such as README.md.
     """
     config = model.config
-    sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
     theirs: dict[str, Tensor] = {}
     for name, p in model.state_dict().items():
-        names = _their_names(name)
-        split = [s * config.head_dim for s in sizes] if len(names) == 3 else len(p) // len(names)
-        for their_name, part in zip(names, p.split(split), strict=True):
+        names, rows = zip(*_their_rows(name, len(p), config), strict=True)
+        for their_name, part in zip(names, p.split(rows), strict=True):
             theirs[their_name] = part.detach().to("cpu", dtype or p.dtype).contiguous().clone()
     stored = next(iter(theirs.values())).dtype
     raw = to_hf(config) | {"dtype": str(stored).removeprefix("torch.")}
@@ -147,19 +143,30 @@ def save_decoder(
             (temporary / name).write_text(text, encoding="utf-8")
 
 
-def _their_names(name: str) -> list[str]:
-    """Hugging Face's names of the tensors that make up our parameter `name`."""
+def _their_rows(name: str, rows: int, config: DecoderConfig) -> list[tuple[str, int]]:
+    """(name, rows) of Hugging Face's tensors that make up our parameter `name` of `rows` rows."""
     module, kind = name.rsplit(".", 1)
     if not module.startswith("layers."):
-        return [f"{_TOP_NAMES[module]}.{kind}"]
+        return [(f"{_TOP_NAMES[module]}.{kind}", rows)]
     _, index, rest = module.split(".", 2)
-    return [f"model.layers.{index}.{part}.{kind}" for part in _LAYER_NAMES[rest]]
+    names = [f"model.layers.{index}.{part}.{kind}" for part in _LAYER_NAMES[rest]]
+    if rest == "attention.qkv":
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        return list(zip(names, (n * config.head_dim for n in heads), strict=True))
+    return [(part, rows // len(names)) for part in names]
 
 
-def _take(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
+def _take(
+    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path
+) -> Tensor:
     if name not in tensors:
         raise CheckpointError(
             f"{folder} lacks the tensor {name}; the checkpoint is incomplete, fetch it anew"
+        )
+    if tensors[name].shape != shape:
+        raise CheckpointError(
+            f"{folder}: {name} has shape {list(tensors[name].shape)}, config.json says "
+            f"{list(shape)}; the files are not of one checkpoint"
         )
     return tensors.pop(name)
 

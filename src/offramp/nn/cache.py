@@ -87,7 +87,12 @@ class KVCache:
         ]
 
     def reset(self, rows: Sequence[int]) -> None:
-        """Empty `rows`, so that other sequences can take their place."""
+        """Empty `rows`, so that other sequences can take their place.
+
+        Their memory is zeroed: a NaN left behind would reach a shorter row through its mask.
+        """
+        self._keys[:, list(rows)] = 0.0
+        self._values[:, list(rows)] = 0.0
         self.truncate([0 if r in rows else self.capacity for r in range(self.batch_size)])
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -1,0 +1,123 @@
+"""Exit policies: where to leave the tower, and how far to draft before looking up again.
+
+`ExitSelector` is DEL's rule (arXiv 2504.05598): keep a running acceptance rate of every exit,
+expect 1 + a + a^2 + ... + a^d tokens from a round of d drafts, divide by what the round costs,
+take the best (exit, d). Plain decoding is the candidate with d = 0, so drafting stops where it
+does not pay.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offramp.config import DecoderConfig
+from offramp.nn.cache import KVCache
+from offramp.nn.tower import Tower
+
+
+@dataclass(frozen=True)
+class RoundCosts:
+    """What a round takes, in any one unit: seconds if measured, layers if estimated.
+
+    layer, head: one token through one layer, through the un-embedding. extra: share of that
+    which each further token of the same call adds.
+    """
+
+    layer: float
+    head: float
+    extra: float
+
+    @classmethod
+    def estimate(cls, config: DecoderConfig) -> RoundCosts:
+        """By weights read, in layers: exact where memory bandwidth is the limit."""
+        d = config.d_model
+        attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim * d
+        return cls(1.0, config.vocab_size * d / (attention + 3 * d * config.d_ff), 0.02)
+
+    @classmethod
+    def measure(cls, tower: Tower, repeats: int = 5) -> RoundCosts:
+        """In seconds, on this machine now: about 25 tokens' time."""
+        L, device = tower.config.num_layers, tower.device
+        cache = KVCache(tower.config, 1, 64, device, tower.dtype)
+
+        def run(count: int) -> None:
+            cache.truncate([32])
+            tower.run(tower.embed(torch.zeros(1, count, dtype=torch.long, device=device)), 0, L, cache)
+
+        h = torch.zeros(1, 1, tower.config.d_model, device=device, dtype=tower.dtype)
+        run(32)
+        one, eight = _interleaved([lambda: run(1), lambda: run(8)], repeats, device)
+        (head,) = _interleaved([lambda: tower.logits(h, L)], repeats, device)
+        return cls(one / L, head, max(0.0, (eight / one - 1) / 7))
+
+    def round(self, num_layers: int, exit_layer: int, num_draft_tokens: int) -> float:
+        """Drafting, then the rest of the tower for all positions; plain decoding for 0 drafts."""
+        n = num_draft_tokens
+        draft = n * (exit_layer * self.layer + self.head)
+        many = 1 + self.extra * n
+        rest = (num_layers - exit_layer) * self.layer * many
+        return draft + exit_layer * self.layer + rest + self.head * many
+
+
+def _interleaved(
+    calls: Sequence[Callable[[], object]], repeats: int, device: torch.device
+) -> list[float]:
+    """Median seconds of each of `calls`, run in turns, after one unmeasured turn."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(repeats + 1):
+        for call, taken in zip(calls, times, strict=True):
+            began = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                taken.append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in times]
+
+
+class ExitSelector:
+    """Chooses (exit_layer, num_draft_tokens) for the next round from what past rounds showed."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        exits: Sequence[int],
+        costs: RoundCosts,
+        decay: float = 0.9,
+        margin: float = 1.05,
+    ) -> None:
+        """decay: weight of older evidence per round. margin: how much better than plain decoding
+        a drafting round must look, since its own book-keeping is not in the cost."""
+        self._num_layers, self._costs = num_layers, costs
+        self._decay, self._margin = decay, margin
+        # Half a match in one: no opinion yet, soon overruled.
+        self._matches = dict.fromkeys(exits, 0.5)
+        self._trials = dict.fromkeys(exits, 1.0)
+
+    def acceptance(self, exit_layer: int) -> float:
+        """Estimated probability that a token drafted at `exit_layer` is accepted."""
+        return self._matches[exit_layer] / self._trials[exit_layer]
+
+    def record(self, exit_layer: int, matches: float, trials: float) -> None:
+        """`matches` of `trials` tokens of this exit agreed with the whole tower."""
+        self._matches[exit_layer] = self._decay * self._matches[exit_layer] + matches
+        self._trials[exit_layer] = self._decay * self._trials[exit_layer] + trials
+
+    def plan(self, limit: int) -> tuple[int, int]:
+        """The best (exit_layer, drafts) with at most `limit` drafts; (0, 0): decode plainly."""
+        L = self._num_layers
+        best, best_rate = (0, 0), self._margin / self._costs.round(L, 0, 0)
+        for exit_layer in self._matches:
+            a, expected, power = self.acceptance(exit_layer), 1.0, 1.0
+            for n in range(1, limit + 1):
+                power *= a
+                expected += power
+                rate = expected / self._costs.round(L, exit_layer, n)
+                if rate > best_rate:
+                    best, best_rate = (exit_layer, n), rate
+        return best

@@ -1,0 +1,95 @@
+"""What a run gives back, as frozen dataclasses of plain values. Standard library only.
+
+Two figures describe drafting, and they differ: `acceptance_rate` = accepted / drafted tokens;
+`mean_accepted_length` = tokens emitted per verify. Where nothing was drafted or generated a
+ratio is None, never 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole, or None where there was nothing to divide by."""
+    return part / whole if whole else None
+
+
+@dataclass(frozen=True)
+class DecodeStats:
+    """Counts and times of one decoding run, over all rows of its batch.
+
+    A call is one invocation of a layer, however many tokens it took; a position is one token
+    through one layer. `ttft_s`: time to the first token, prefill included.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    verify_calls: int
+    layer_calls: int
+    first_layer_positions: int
+    last_layer_positions: int
+    head_positions: int
+    seconds: float
+    ttft_s: float
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        return ratio(self.accepted_tokens, self.drafted_tokens)
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        return ratio(self.generated_tokens, self.verify_calls)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return ratio(self.generated_tokens, self.seconds)
+
+    @property
+    def s_per_token(self) -> float | None:
+        return ratio(self.seconds, self.generated_tokens)
+
+    @property
+    def layer_calls_per_token(self) -> float | None:
+        """Layers started per generated token, prefill included: what latency follows at batch 1."""
+        return ratio(self.layer_calls, self.generated_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts and the ratios above, for JSON."""
+        ratios = ("acceptance_rate", "mean_accepted_length", "tokens_per_s", "s_per_token")
+        names = (*ratios, "layer_calls_per_token")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One round of one row: `tokens` were emitted, the first `accepted` of them from `drafted`.
+
+    text: what the tokens add to the row's text; a character spread over tokens, or the possible
+    start of a stop string, is held back until it is whole. exit_layer: where the draft left the
+    tower, None if it did not come from there.
+    """
+
+    row: int
+    tokens: tuple[int, ...]
+    text: str
+    drafted: tuple[int, ...]
+    accepted: int
+    exit_layer: int | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The whole answer to one prompt. `stats` covers the batch it was decoded in."""
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: DecodeStats
