@@ -51,7 +51,7 @@ def decoder(seed: int = 0, **changes: Any) -> DecoderLM:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Matrices about halve the size of their input; vectors are 1 (norms) or 0 (biases), and a bit."""
+    """Matrices halve the size of their input, about; vectors are 1 (norms) or 0, and a bit."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.ndim >= 2:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from offramp.errors import InputError
 
 
@@ -20,6 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of a killed process: in a container they all have the same number
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror}; choose a folder you may write to"
@@ -28,17 +31,23 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         if path.is_dir() and temporary.is_dir():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            _remove(old)
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)
         else:
             temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"cannot write {path}: {error.strerror}; choose a place you may write to"
+            f"cannot write {path}: {reason}; choose a place you may write to"
         ) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

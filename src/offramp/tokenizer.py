@@ -1,6 +1,6 @@
 """Text to token ids and back, over a `tokenizer.json` as Hugging Face writes it.
 
-`Decoder` turns a growing list of tokens into text piece by piece: a character may be spread
+`TextStream` turns a growing list of tokens into text piece by piece: a character may be spread
 over several tokens, so a piece is held back until it is whole.
 """
 

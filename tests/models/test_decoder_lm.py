@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import toy
 import torch
 from torch import Tensor
 
+import toy
 from offramp.errors import InputError
 from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.cache import KVCache
@@ -45,7 +45,9 @@ def test_stopping_and_resuming_at_any_exit_changes_no_bit(changes: dict, num_tok
 def test_chunked_prefill_equals_whole(changes: dict, chunks: list[int]) -> None:
     model, ids = toy.decoder(**changes), toy.tokens(B, T)
     cache = KVCache(model.config, B, T)
-    close(torch.cat([toy.run(model, c, cache) for c in ids.split(chunks, 1)], 1), toy.run(model, ids))
+    close(
+        torch.cat([toy.run(model, c, cache) for c in ids.split(chunks, 1)], 1), toy.run(model, ids)
+    )
 
 
 @every_variant
@@ -115,6 +117,13 @@ def test_packed_documents_equal_documents_alone(changes: dict) -> None:
     for row, lengths in enumerate(cuts):
         alone = [toy.run(model, part) for part in ids[row : row + 1].split(lengths, 1)]
         close(packed[row : row + 1], torch.cat(alone, 1))
+
+
+def test_packed_documents_count_positions_from_their_own_start() -> None:
+    """Turning all of a document alike changes no attention, only rounding: so look at the angles."""
+    view = toy.decoder().view(5, torch.tensor([[0, 0, 0, 1, 1], [7, 2, 2, 2, 2]]))
+    cos, _ = toy.decoder()._rotary.upto(5, view.cos)
+    assert torch.equal(view.cos[:, :, 0], cos[[[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]])
 
 
 def train_path(model: DecoderLM, ids: Tensor, segments: Tensor | None = None) -> Tensor:

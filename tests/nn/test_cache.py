@@ -6,12 +6,12 @@ import math
 import random
 
 import pytest
-import toy
 import torch
-from toy import config
 
+import toy
 from offramp.errors import InputError
 from offramp.nn.cache import KVCache, KVSpan
+from toy import config
 
 CAPACITY = 24
 
@@ -44,9 +44,7 @@ def visible(span: KVSpan, keys: torch.Tensor, num_tokens: int) -> list[list[list
     B, _, S, _ = keys.shape
     mask = torch.ones(1, 1, 1, S, dtype=torch.bool) if span.mask is None else span.mask
     mask = mask.expand(B, 1, num_tokens, S)
-    return [
-        [keys[b, 0, mask[b, 0, t], 0].tolist() for t in range(num_tokens)] for b in range(B)
-    ]
+    return [[keys[b, 0, mask[b, 0, t], 0].tolist() for t in range(num_tokens)] for b in range(B)]
 
 
 @pytest.mark.parametrize("window", [None, 4])

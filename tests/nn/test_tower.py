@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import toy
 import torch
 
+import toy
 from offramp.energy.trace import Trace
 from offramp.nn.cache import KVCache
 from offramp.nn.tower import TracedTower

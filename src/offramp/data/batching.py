@@ -22,7 +22,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """tokens [B, T]; targets [B, T], the next token or IGNORE; targets in the whole step's batch."""
+    """tokens [B, T]; targets [B, T]: the next token or IGNORE; targets in all the step's shards."""
 
     tokens: Tensor
     targets: Tensor
@@ -58,7 +58,8 @@ class TokenWindows:
         if self._count < batch_size:
             raise DataError(
                 f"the text has {len(tokens)} tokens; a batch of {batch_size} windows of "
-                f"{seq_len} needs {(batch_size + 1) * seq_len + 1}: give more text or smaller batches"
+                f"{seq_len} needs {(batch_size + 1) * seq_len + 1}: give more text "
+                "or smaller batches"
             )
 
     def batch(self, step: int, shard: int, num_shards: int) -> TokenBatch:
@@ -109,8 +110,8 @@ class PromptCompletions:
         return self._epoch[1]
 
     def batch(self, step: int, shard: int, num_shards: int) -> TokenBatch:
-        # The count of full batches is the same in every epoch: pools depend on sizes alone.
-        epoch, index = divmod(step, len(self._batches(0 if self._epoch is None else self._epoch[0])))
+        # All pools but the last are whole batches, so every epoch has as many.
+        epoch, index = divmod(step, len(self._pairs) // self._batch_size)
         rows = self._batches(epoch)[index]
         total = sum(len(self._pairs[r][1]) for r in rows)
         mine = [self._pairs[r] for r in _shard(rows, shard, num_shards)]
@@ -124,7 +125,9 @@ class PromptCompletions:
         return TokenBatch(tokens, targets, total)
 
 
-def windows(tokens: np.ndarray, seq_len: int, batch_size: int, limit: int | None = None) -> list[TokenBatch]:
+def windows(
+    tokens: np.ndarray, seq_len: int, batch_size: int, limit: int | None = None
+) -> list[TokenBatch]:
     """The stream in order, every token a target once (but the first), for evaluation.
 
     The last window may be shorter. limit: tokens to read at most.
@@ -133,7 +136,7 @@ def windows(tokens: np.ndarray, seq_len: int, batch_size: int, limit: int | None
     whole = (len(stream) - 1) // seq_len
     body = stream[: whole * seq_len].view(whole, seq_len)
     goal = stream[1 : whole * seq_len + 1].view(whole, seq_len)
-    pairs = [*zip(body.split(batch_size), goal.split(batch_size), strict=True)]
+    pairs = [*zip(torch.split(body, batch_size), torch.split(goal, batch_size), strict=True)]
     if len(stream) - 1 > whole * seq_len:
         pairs.append((stream[None, whole * seq_len : -1], stream[None, whole * seq_len + 1 :]))
     return [TokenBatch(x, y, y.numel()) for x, y in pairs if x.numel()]

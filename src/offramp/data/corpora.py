@@ -30,7 +30,9 @@ def _read(path: Path) -> str:
             f"{path} is missing; set OFFRAMP_DATA to the folder that holds the corpora"
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
 
 
 def unwrap(text: str) -> str:
@@ -66,7 +68,8 @@ class Parse:
 
 def parses(path: Path) -> list[Parse]:
     """The parses of one TSV file with columns `utterance` and `semantic_parse`."""
-    rows = csv.DictReader(_read(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    lines = _read(path).split("\n")  # not splitlines: an utterance may hold U+2028 and the like
+    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     if rows.fieldnames is None or not {"utterance", "semantic_parse"} <= set(rows.fieldnames):
         raise DataError(
             f"{path} has columns {rows.fieldnames}; it needs utterance and semantic_parse"

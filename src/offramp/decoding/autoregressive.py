@@ -1,8 +1,4 @@
-"""Plain decoding, one token at a time: the slow, obvious reference that all else must equal.
-
-With `exit_layer` it leaves the tower early for every token (LayerSkip, arXiv 2404.16710,
-section 4.3, "early exit"): faster, and another text.
-"""
+"""Plain decoding, one token at a time: the slow, obvious reference that all else must equal."""
 
 from __future__ import annotations
 
@@ -23,20 +19,18 @@ def autoregress(
     prompt: Sequence[int],
     chooser: Chooser,
     end: RowEnd,
-    exit_layer: int | None = None,
 ) -> Iterator[Step]:
     """Yields one `Step` per token after `prompt`, until `end`."""
-    stop = tower.config.num_layers if exit_layer is None else exit_layer
-    text = list(prompt)
+    L, text = tower.config.num_layers, list(prompt)
     capacity = len(prompt) + end.remaining
     cache = KVCache(tower.config, 1, capacity, tower.device, tower.dtype)
     if len(prompt) > 1:
         before = torch.tensor([text[:-1]], device=tower.device)
-        tower.run(tower.embed(before), 0, stop, cache)
+        tower.run(tower.embed(before), 0, L, cache)
     while end.reason is None:
         newest = torch.tensor([text[-1:]], device=tower.device)
-        h = tower.run(tower.embed(newest), 0, stop, cache)
-        token = int(chooser.choose(tower.logits(h, stop), [len(text)], None))
+        h = tower.run(tower.embed(newest), 0, L, cache)
+        token = int(chooser.choose(tower.logits(h, L), [len(text)], None))
         text.append(token)
         _, piece = end.push([token])
         chooser.commit(0, [token], len(text))

@@ -59,7 +59,8 @@ class DecoderLM(nn.Module):
     # -- the tower ---------------------------------------------------------------------------
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.embedding(tokens)
+        h: Tensor = self.embedding(tokens)
+        return h
 
     def run(self, h: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
         if not 0 <= start <= stop <= self.config.num_layers:
@@ -110,4 +111,5 @@ class DecoderLM(nn.Module):
 
     def layer(self, index: int, h: Tensor, view: View) -> Tensor:
         """One layer over whole sequences h [B, T, D]."""
-        return self.layers[index](h, view)
+        h = self.layers[index](h, view)
+        return h

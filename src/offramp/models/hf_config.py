@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` to our `DecoderConfig` and back; what we cannot run is refused by name.
+"""Hugging Face's `config.json` to our `DecoderConfig` and back; the rest is refused by name.
 
 Both spellings of rotary settings are read: `rope_theta` + `rope_scaling` (up to transformers 4)
 and `rope_parameters` (from 5).
@@ -21,7 +21,7 @@ FAMILIES = {
 
 
 def from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
-    """The tower that `raw`, a parsed config.json, describes; ConfigError says what is not supported."""
+    """The tower that `raw`, a parsed config.json, describes; ConfigError: we do not have it."""
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(
@@ -131,9 +131,10 @@ def _refuse(raw: Mapping[str, Any], family: str) -> None:
         raise ConfigError(
             f"the checkpoint is quantised ({method}); supported: fp32, bf16 and fp16 weights"
         )
-    if raw.get("partial_rotary_factor", 1.0) != 1.0 or _rope(raw).get(
-        "partial_rotary_factor", 1.0
-    ) != 1.0:
+    if (
+        raw.get("partial_rotary_factor", 1.0) != 1.0
+        or _rope(raw).get("partial_rotary_factor", 1.0) != 1.0
+    ):
         raise ConfigError("partial_rotary_factor is not 1; supported: full rotary positions")
     sliding = "sliding_attention" in (raw.get("layer_types") or ())
     if family.startswith("qwen") and (raw.get("use_sliding_window") or sliding):

@@ -156,9 +156,7 @@ def _their_rows(name: str, rows: int, config: DecoderConfig) -> list[tuple[str, 
     return [(part, rows // len(names)) for part in names]
 
 
-def _take(
-    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path
-) -> Tensor:
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
     if name not in tensors:
         raise CheckpointError(
             f"{folder} lacks the tensor {name}; the checkpoint is incomplete, fetch it anew"

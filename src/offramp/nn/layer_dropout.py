@@ -53,7 +53,7 @@ def draw_survivors(
 def run_survivors(
     layer: Callable[[Tensor, Tensor | None], Tensor], h: Tensor, survivors: Tensor
 ) -> Tensor:
-    """Run `layer` on the rows of h [B, T, D] where `survivors` [B] is True; the rest pass unchanged.
+    """Run `layer` on the rows of h [B, T, D] where `survivors` [B] is True; others pass unchanged.
 
     `layer(h, rows)` gets the surviving rows of h and their indices [K] (None: all of them), with
     which it subsets whatever else belongs to a sample: masks, positions, packing.

@@ -77,11 +77,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         Hq, Hkv, Dh = self.num_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv(x).view(B, T, Hq + 2 * Hkv, Dh)
-        qk, v = qkv.split((Hq + Hkv, Hkv), dim=2)
+        qk, v = torch.split(qkv, [Hq + Hkv, Hkv], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((self.q_norm(qk[:, :, :Hq]), self.k_norm(qk[:, :, Hq:])), dim=2)
         qk = rotate(qk, view.cos, view.sin).transpose(1, 2)
-        q, k = qk.split((Hq, Hkv), dim=1)
+        q, k = torch.split(qk, [Hq, Hkv], dim=1)
         v = v.transpose(1, 2)
         if store is not None:
             k, v = store(k, v)
@@ -95,7 +95,8 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=view.mask, is_causal=view.causal, enable_gqa=Hq != Hkv
             )
             y = y.transpose(1, 2)
-        return self.output(y.reshape(B, T, Hq * Dh))
+        output: Tensor = self.output(y.reshape(B, T, Hq * Dh))
+        return output
 
 
 class FeedForward(nn.Module):
@@ -108,7 +109,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        output: Tensor = self.down(F.silu(gate) * up)
+        return output
 
 
 class DecoderLayer(nn.Module):
@@ -123,4 +125,5 @@ class DecoderLayer(nn.Module):
 
     def forward(self, h: Tensor, view: View, store: KVStore | None = None) -> Tensor:
         h = h + self.attention(self.attention_norm(h), view, store)
-        return h + self.feed_forward(self.feed_forward_norm(h))
+        h = h + self.feed_forward(self.feed_forward_norm(h))
+        return h

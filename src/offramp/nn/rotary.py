@@ -12,7 +12,9 @@ from offramp.config import DecoderConfig, RopeScaling
 
 def inverse_frequencies(config: DecoderConfig) -> Tensor:
     """Angular speed of each pair of channels, float32 [head_dim / 2]."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    exponent = (
+        torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    )
     speeds = 1.0 / (config.rope_theta**exponent)
     return speeds if config.rope_scaling is None else _scale_llama3(speeds, config.rope_scaling)
 
@@ -21,9 +23,7 @@ def _scale_llama3(speeds: Tensor, scaling: RopeScaling) -> Tensor:
     """Slow channels are slowed by `factor`, fast ones kept, those between blended linearly."""
     wavelength = 2 * math.pi / speeds
     turns = scaling.original_max_positions / wavelength
-    blend = (turns - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
     return (1 - blend) * speeds / scaling.factor + blend * speeds
 
@@ -40,7 +40,9 @@ class RotaryTable:
         cos = self._cos
         if len(cos) < length or cos.device != like.device or cos.dtype != like.dtype:
             size = max(256, 1 << (length - 1).bit_length())
-            angles = torch.outer(torch.arange(size, dtype=torch.float32, device="cpu"), self._speeds)
+            angles = torch.outer(
+                torch.arange(size, dtype=torch.float32, device="cpu"), self._speeds
+            )
             sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
             cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
             self._cos, self._sin = cos.to(like), sin.to(like)

@@ -7,6 +7,7 @@ Eager PyTorch is the reference; a faster engine implements the same protocol.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from offramp.config import DecoderConfig
 from offramp.energy.trace import Trace
+from offramp.errors import InputError
 from offramp.nn.cache import KVCache
 
 
@@ -73,4 +75,39 @@ class TracedTower:
 
     def logits(self, h: Tensor, exit_layer: int) -> Tensor:
         self.trace.head(positions=h.shape[0] * h.shape[1])
+        return self._tower.logits(h, exit_layer)
+
+
+class TruncatedTower:
+    """The first `exit_layer` layers of a tower as a tower: plain early exit for every token.
+
+    LayerSkip (arXiv 2404.16710), section 4.3. Whatever decodes with a tower decodes with this,
+    faster, and writes another text.
+    """
+
+    def __init__(self, tower: Tower, exit_layer: int) -> None:
+        if not 1 <= exit_layer <= tower.config.num_layers:
+            raise InputError(
+                f"exit layer is {exit_layer}; it must lie between 1 and "
+                f"{tower.config.num_layers}, the number of layers"
+            )
+        self._tower = tower
+        self.config = replace(tower.config, num_layers=exit_layer)
+
+    @property
+    def device(self) -> torch.device:
+        return self._tower.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tower.dtype
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self._tower.embed(tokens)
+
+    def run(self, h: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
+        assert stop <= self.config.num_layers, "a truncated tower ends at its exit"
+        return self._tower.run(h, start, stop, cache)
+
+    def logits(self, h: Tensor, exit_layer: int) -> Tensor:
         return self._tower.logits(h, exit_layer)

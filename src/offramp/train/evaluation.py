@@ -31,5 +31,5 @@ def exit_nll(model: DecoderLM, batches: Iterable[TokenBatch]) -> tuple[list[floa
 def _nll(model: DecoderLM, h: Tensor, targets: Tensor, exit_layer: int, chunk: int = 2048) -> float:
     return sum(
         float(F.cross_entropy(model.logits(part, exit_layer).float(), goal, reduction="sum"))
-        for part, goal in zip(h.split(chunk), targets.split(chunk), strict=True)
+        for part, goal in zip(torch.split(h, chunk), torch.split(targets, chunk), strict=True)
     )

@@ -133,8 +133,8 @@ class LayerSkip:
             self._at[0], self._total_steps, self._num_layers, cfg.curriculum, cfg.early_exit_scale
         )
         self._forward = _Forward(weights)
-        # A cache would keep keys of dropped rows' neighbours; all positions' logits are T x V
-        # numbers that the loss makes again, a chunk at a time.
+        # Layers that see different rows cannot share a cache. The logits of all positions would
+        # be T x V numbers that the loss has no use for: it makes its own, chunk by chunk.
         return args, {"logits_to_keep": 1, **kwargs, "use_cache": False}
 
     def _run_layer(
@@ -235,7 +235,8 @@ def exit_loss(
     kept = (targets != IGNORE).nonzero().flatten()
     last = max(hidden)
     total = targets.new_zeros((), dtype=torch.float32)
-    for rows in kept.split(chunk):  # one empty chunk if there is no target: a zero with a graph
+    for at in range(0, max(1, len(kept)), chunk):  # no target: one empty chunk, a 0 with a graph
+        rows = kept[at : at + chunk]
         for i, weight in weights.items():
             teacher = hidden[last] if i != last and distill > 0.0 else None
             part = checkpoint(
@@ -286,7 +287,8 @@ def _base_model(model: nn.Module) -> Any:
         raise ConfigError(
             "LayerSkip on a transformers model needs transformers; pip install 'offramp[hf]'"
         ) from error
-    base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    unwrap = getattr(model, "get_base_model", None)  # peft's
+    base = model if unwrap is None else unwrap()
     wanted = FAMILIES.get(getattr(getattr(base, "config", None), "model_type", None) or "")
     if wanted is None or all(cls.__name__ != wanted for cls in type(base).__mro__):
         raise ConfigError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,7 +44,9 @@ class LayerSkipConfig:
                 f"allowed: {', '.join(TIME_SCHEDULES)}"
             )
         if self.early_exit_scale < 0.0:
-            raise ConfigError(f"early_exit_scale is {self.early_exit_scale}; it must not be negative")
+            raise ConfigError(
+                f"early_exit_scale is {self.early_exit_scale}; it must not be negative"
+            )
         if not 0.0 <= self.distill <= 1.0:
             raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")
 
@@ -89,15 +90,11 @@ class LayerSkipTask:
         batch = self.batches.batch(step, shard, num_shards)
         device = self.model.device
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
-        weights = exit_weights(
-            step, self.total_steps, L, cfg.curriculum, cfg.early_exit_scale
-        )
+        weights = exit_weights(step, self.total_steps, L, cfg.curriculum, cfg.early_exit_scale)
         # Not a function of the shard: all ranks drop as many samples in each layer.
         time = time_factor(step, self.total_steps, cfg.dropout_schedule)
         survivors = draw_survivors(L, len(tokens), cfg.p_max, time, self.seed, step)
-        with torch.autocast(
-            device.type, dtype=self.autocast, enabled=self.autocast is not None
-        ):
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             hidden = forward_exits(self.model, tokens, set(weights), survivors, None)
             sums = early_exit_backward(
                 ExitHead(self.model.norm, self._head_weight()),
@@ -110,9 +107,6 @@ class LayerSkipTask:
         num = int((batch.targets != IGNORE).sum())
         return {"loss": sums[L - 1], "targets": num, "tokens": batch.tokens.numel()}
 
-    def _head_weight(self) -> torch.nn.Parameter:
+    def _head_weight(self) -> Tensor:
         head = self.model.unembedding
         return self.model.embedding.weight if head is None else head.weight
-
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError

@@ -45,12 +45,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(
-                f"optimizer is {self.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}"
-            )
+            raise ConfigError(f"optimizer is {self.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}")
         for name in ("steps", "num_shards", "checkpoint_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
         if self.lr <= 0.0:
             raise ConfigError(f"lr is {self.lr}; it must be greater than 0")
 
@@ -58,10 +58,11 @@ class TrainConfig:
 class Task(Protocol):
     """What is trained. `model` holds the parameters, `total_steps` follows the loop's steps."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def backward(self, step: int, shard: int, num_shards: int) -> Mapping[str, float]:
-        """Add one shard's share of the gradient; returns sums ("targets" and "tokens" among them)."""
+        """Add one shard's share of the gradient; returns sums, "loss", "targets", "tokens" too."""
         ...
 
     def evaluate(self) -> Mapping[str, float]:
@@ -192,13 +193,18 @@ def _sum_shards(task: Task, step: int, shards: range, num_shards: int) -> dict[s
 
 
 def _all_reduce(model: nn.Module, sums: dict[str, float], world: int) -> None:
-    """Sum gradients and figures over processes, in one message each."""
+    """Sum gradients and figures over processes, in one message each.
+
+    A layer that every sample skipped gets a gradient of 0, also in a single process: an optimizer
+    passes over a parameter without one, and then the result would depend on how many there are.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
     if world == 1:
         return
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-    )
+    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     dist.all_reduce(flat)
     at = 0
     for p in parameters:

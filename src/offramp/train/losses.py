@@ -1,4 +1,4 @@
-"""The early-exit loss: cross-entropy at several exits through one head, one exit's logits at a time.
+"""The early-exit loss: cross-entropy at several exits through one head, one exit at a time.
 
 J = sum over enabled exits of weight * CE(head(norm(h_exit)), target) (LayerSkip, arXiv
 2404.16710, section 4.2), optionally with each early exit also learning the last exit's
@@ -24,7 +24,7 @@ class ExitHead:
     """What every exit shares: the final norm and the un-embedding matrix [V, D]."""
 
     norm: nn.Module
-    weight: nn.Parameter
+    weight: Tensor
 
 
 def early_exit_loss(
@@ -83,18 +83,13 @@ def early_exit_backward(
             if distill > 0.0 and len(weights) > 1:
                 teacher = F.linear(normed[last][part], head.weight).float().softmax(-1)
             for i, weight in weights.items():
-                logits = F.linear(normed[i][part], head.weight).float()
-                labels = goal[part, None]
-                log_norm = logits.logsumexp(-1, keepdim=True)
-                sums[i] += float((log_norm - logits.gather(1, labels)).sum())
-                d = logits.sub_(log_norm).exp_()  # softmax, in the place of the logits
-                mix = 0.0 if i == last or teacher is None else distill
-                if teacher is not None and mix:
-                    d.sub_(teacher, alpha=mix)
-                d.scatter_add_(1, labels, torch.full_like(labels, mix - 1.0, dtype=d.dtype))
-                d.mul_(weight * scale)
-                gradients[i][part] = d.to(normed[i].dtype) @ head.weight.to(normed[i].dtype)
-                weight_gradient += (d.to(normed[i].dtype).t() @ normed[i][part]).to(weight_gradient)
+                x = normed[i][part]
+                d = F.linear(x, head.weight).float()
+                sums[i] += _to_gradient_(d, goal[part], None if i == last else teacher, distill)
+                d = d.mul_(weight * scale).to(x.dtype)
+                gradients[i][part] = d @ head.weight.to(x.dtype)
+                weight_gradient += (d.t() @ x).to(weight_gradient)
+                del d  # else it would stand beside the next exit's logits
     head.weight.grad = (
         weight_gradient if head.weight.grad is None else head.weight.grad + weight_gradient
     )
@@ -102,3 +97,19 @@ def early_exit_backward(
         normed[i].backward(grad)
     torch.autograd.backward(list(states.values()), [leaves[i].grad for i in states])
     return sums
+
+
+def _to_gradient_(logits: Tensor, targets: Tensor, teacher: Tensor | None, distill: float) -> float:
+    """Turn logits [N, V] in place into the gradient of their loss; returns their summed CE.
+
+    The steps are softmax's own, spelt out because `logsumexp` would allocate a second [N, V].
+    """
+    labels, mix = targets[:, None], 0.0 if teacher is None else distill
+    top = logits.amax(-1, keepdim=True)
+    chosen = logits.gather(1, labels) - top
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    logits.div_(total)
+    if teacher is not None:
+        logits.sub_(teacher, alpha=mix)
+    logits.scatter_add_(1, labels, torch.full_like(labels, mix - 1.0, dtype=logits.dtype))
+    return float((total.log() - chosen).sum())

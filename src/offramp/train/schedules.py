@@ -1,4 +1,4 @@
-"""What changes over a training run: which exits have a loss, with what weight, and the learning rate.
+"""What changes over a training run: which exits have a loss, their weights, the learning rate.
 
 LayerSkip (arXiv 2404.16710), section 4.2 and the early-exit curricula C(t, l). All functions are
 pure in (step, total steps), so a resumed run continues its curriculum without any saved state.

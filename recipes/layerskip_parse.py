@@ -1,0 +1,26 @@
+"""parse-tiny: lm-tiny fine-tuned to turn an utterance into its TOP parse, with LayerSkip.
+
+Fine-tuning settings of the paper (S(t) = 1, gradual curriculum); p_max and early_exit_scale are
+smaller than the paper's 0.2 and 1.0, and early exits learn partly from the last one, so that
+the last layer does not lose to plain fine-tuning.
+"""
+
+from offramp.train.layerskip import LayerSkipConfig
+from offramp.train.loop import TrainConfig
+from offramp.train.schedules import ExitCurriculum
+from offramp.train.text import TextRecipe
+
+recipe = TextRecipe(
+    name="parse-tiny",
+    model="lm-tiny",
+    corpus="top",
+    batch_size=64,
+    layerskip=LayerSkipConfig(
+        p_max=0.05,
+        dropout_schedule="constant",
+        early_exit_scale=0.2,
+        curriculum=ExitCurriculum("gradual"),
+        distill=0.3,
+    ),
+    train=TrainConfig(steps=1800, lr=2e-3, warmup_steps=50, optimizer="muon"),
+)

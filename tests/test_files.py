@@ -1,0 +1,95 @@
+"""Nothing is ever half-written, and nothing is left lying about."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from offramp.errors import InputError
+from offramp.files import replacing
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.rglob("*"))
+
+
+def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "note.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists()
+    with replacing(path) as temporary:
+        temporary.write_text("two")
+        assert path.read_text() == "one"
+    assert path.read_text() == "two"
+    assert names(path.parent) == ["note.txt"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    for name in ("old", "new"):
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+    assert names(tmp_path) == ["model", "new"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (OSError(28, "No space left on device"), InputError),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), InputError),
+        (KeyError("a bug of ours"), KeyError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=lambda x: "" if isinstance(x, type) else type(x).__name__,
+)
+def test_a_failure_half_way_leaves_the_old_and_nothing_else(
+    kind: str, error: BaseException, becomes: type[BaseException], tmp_path: Path
+) -> None:
+    path = tmp_path / "it"
+
+    def write(target: Path, text: str) -> None:
+        if kind == "folder":
+            target.mkdir()
+            target = target / "part"
+        target.write_text(text)
+
+    with replacing(path) as temporary:
+        write(temporary, "old")
+    with pytest.raises(becomes) as caught, replacing(path) as temporary:
+        write(temporary, "half")
+        raise error
+    assert (path / "part" if kind == "folder" else path).read_text() == "old"
+    assert names(tmp_path) == (["it", "part"] if kind == "folder" else ["it"])
+    if becomes is InputError:
+        assert "No space left on device" in str(caught.value)
+        assert str(path) in str(caught.value)
+
+
+def test_leftovers_of_a_killed_process_with_our_number_are_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    for kind in ("tmp", "old"):
+        leftover = tmp_path / f".model.{os.getpid()}.{kind}"
+        leftover.mkdir()
+        (leftover / "junk").touch()
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert names(tmp_path) == ["model", "new"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "below" / "it", tmp_path / "folder"):
+        refused = pytest.raises(InputError, match=f"cannot write {path}: .*; choose a")
+        with refused as error, replacing(path) as temporary:
+            temporary.write_text("x")
+        assert "\n" not in str(error.value)
+    assert names(tmp_path) == ["file", "folder"]
