@@ -48,10 +48,11 @@ class DraftOptions:
     """How to draft. exit_layer and num_draft_tokens None: what the checkpoint recommends
     (offramp.json), else a third of the tower and 6 tokens.
 
-    kind: None is `exit` where an exit layer is given or recommended, else `adaptive`. `exit` (lower layers, fixed), `adaptive` (exit and length chosen per round, plain
+    kind: `exit` (lower layers, fixed), `adaptive` (exit and length chosen per round, plain
     decoding where drafting does not pay), `ngram` (look in the text so far), `model` (a smaller
-    checkpoint, `model`), `none` (plain decoding). min_confidence: with `exit`, stop a draft at
-    a token less probable than this.
+    checkpoint, `model`), `none` (plain decoding). None: `exit` where an exit layer is given or
+    recommended, else `adaptive`. min_confidence: with `exit`, stop a draft at a token less
+    probable than this.
     """
 
     kind: DraftKind | None = None
@@ -69,9 +70,7 @@ class DraftOptions:
                 "(plain decoding is draft 'none')"
             )
         if (self.kind == "model") != (self.model is not None):
-            raise InputError(
-                "draft 'model' and a draft model go together; give both or neither"
-            )
+            raise InputError("draft 'model' and a draft model go together; give both or neither")
 
 
 def load(
@@ -323,9 +322,7 @@ class Run:
         return speculate(self._tower, self._texts, self._draft, self._k, chooser, ends)
 
 
-def _stop_within_context(
-    model: Model, texts: Sequence[Sequence[int]], stop: Stop | None
-) -> Stop:
+def _stop_within_context(model: Model, texts: Sequence[Sequence[int]], stop: Stop | None) -> Stop:
     """`stop` with the checkpoint's ends of text added and its length cut to the context."""
     longest, limit = max(map(len, texts)), model.config.max_positions
     if longest >= limit:

@@ -87,7 +87,7 @@ def train(
     device: str = "cpu",
     threads: Threads = None,
 ) -> None:
-    """Train by a recipe file; goes on where a killed run stopped. Under torchrun: on many processes.
+    """Train by a recipe file; goes on where a killed run stopped. Works under torchrun.
 
     Parameters
     ----------
@@ -104,6 +104,138 @@ def train(
     folder = out or Path("runs") / loaded.name
     terminal.train_progress(loaded.name, loaded.train.steps, loaded.run(folder, device))
     terminal.out.print(f"The checkpoint is in {folder / 'checkpoint'}")
+
+
+@eval_app.command
+def exits(
+    *,
+    model: ModelName,
+    data: Path | None = None,
+    limit: int | None = None,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Quality at every exit: bits per byte of a text, or exact match of parses.
+
+    Parameters
+    ----------
+    data: A .txt file, or a .tsv file with utterance and semantic_parse; default for a shipped
+        model: the development data it was made for.
+    limit: Use this many tokens or items at most.
+    """
+    from offramp import terminal
+    from offramp.api import load
+    from offramp.bench.exit_quality import exit_quality
+
+    _set_threads(threads)
+    report = exit_quality(load(model), model, data, limit)
+    terminal.table(*report.table())
+    terminal.write_json(json, report.to_dict())
+
+
+@app.command
+def tune(
+    *,
+    model: ModelName = "lm-tiny",
+    data: Path | None = None,
+    save: bool = False,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Measure which exit layer and draft length are fastest on this machine.
+
+    Parameters
+    ----------
+    data: As for eval exits.
+    save: Write the result into the checkpoint folder (offramp.json).
+    """
+    from offramp import terminal
+    from offramp.api import load
+    from offramp.bench import tune as worker
+    from offramp.models.hub import resolve
+
+    _set_threads(threads)
+    report = worker.tune(load(model), worker.prompts_of(model, data))
+    terminal.table(*report.table())
+    terminal.write_json(json, report.to_dict())
+    if save:
+        report.save(resolve(model))
+
+
+@bench_app.command
+def layerskip(
+    *,
+    model: ModelName = "parse-tiny",
+    exit_layer: int | None = None,
+    num_draft_tokens: int | None = None,
+    rounds: int = 3,
+    limit: int | None = None,
+    peers: bool = True,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Plain, self-speculative and adaptive decoding beside transformers, in one process.
+
+    Parameters
+    ----------
+    rounds: Times that every prompt is decoded in each way; the median counts.
+    limit: Prompts of each set at most (default: 100 utterances, 20 passages).
+    peers: Also run transformers (needs the extra offramp[hf]).
+    """
+    from offramp import terminal
+    from offramp.bench.layerskip import BenchOptions, run
+
+    _set_threads(threads)
+    options = BenchOptions(exit_layer, num_draft_tokens, rounds, limit, peers)
+    report = run(model, options)
+    terminal.table(*report.table())
+    terminal.write_json(json, report.to_dict())
+
+
+@app.command
+def fetch(name: str, *, root: Path | None = None, accept_unverified: bool = False) -> None:
+    """Download a public corpus into the data folder.
+
+    Parameters
+    ----------
+    name: One of the names in offramp.data.sources.
+    root: The data folder; default: OFFRAMP_DATA, else ../shared/data.
+    accept_unverified: Take a file for which nobody publishes a checksum.
+    """
+    from offramp import terminal
+    from offramp.data.corpora import data_root
+    from offramp.data.sources import fetch as worker
+
+    folder = worker(name, root or data_root(), accept_unverified=accept_unverified)
+    terminal.out.print(f"{name} is in {folder}")
+
+
+@app.command
+def demo() -> None:
+    """Generate text with and without drafts, with the models that ship."""
+    from offramp.demo import run
+
+    run()
+
+
+@app.command
+def info() -> None:
+    """Versions, devices and shipped models."""
+    import torch
+
+    from offramp import __version__, terminal
+    from offramp.models.hub import SHIPPED
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows = [
+        ["offramp", __version__],
+        ["torch", torch.__version__],
+        ["CPU threads", str(torch.get_num_threads())],
+        ["CUDA device", cuda],
+        ["engine", "eager (PyTorch)"],
+        ["shipped models", ", ".join(n for n, path in SHIPPED.items() if path.is_dir())],
+    ]
+    terminal.table("", ("", ""), rows)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from offramp.files import replacing
 from offramp.results import DecodeStats, Step
 
 if TYPE_CHECKING:
@@ -42,6 +44,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on one line."""
     print(json.dumps(value), flush=True)
+
+
+def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
+    """Write `value` to `path`, if there is one; never a half file."""
+    if path is not None:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def stream_text(run: Run) -> None:
@@ -121,9 +130,7 @@ def train_progress(name: str, steps: int, events: Iterable[TrainEvent]) -> None:
         shown = bar.add_task(name, total=steps, loss=float("nan"), pace=0.0)
         for event in events:
             if isinstance(event, StepDone):
-                bar.update(
-                    shown, completed=event.step, loss=event.loss, pace=event.tokens_per_s
-                )
+                bar.update(shown, completed=event.step, loss=event.loss, pace=event.tokens_per_s)
             elif isinstance(event, Evaluated):
                 figures = "  ".join(f"{k} {v:.3f}" for k, v in event.metrics.items())
                 err.print(f"step {event.step}: {figures}")

@@ -164,9 +164,7 @@ class EarlyExitDraft(_Stateless):
             tokens.append(token)
             if len(tokens) < k and self._should_stop(logits, token, eos):
                 break
-        return Proposal(
-            torch.cat(tokens, dim=1), None, torch.cat(hidden, dim=1), self._exit_layer
-        )
+        return Proposal(torch.cat(tokens, dim=1), None, torch.cat(hidden, dim=1), self._exit_layer)
 
     def _should_stop(self, logits: Tensor, token: Tensor, eos: Tensor) -> bool:
         # Looking at a token is free on a CPU; on a GPU the end of text is left to the loop.
@@ -231,7 +229,9 @@ class AdaptiveExitDraft:
         if self._used and any(outcome.drafted):
             matches = sum(outcome.accepted)
             # The first refusal of a row was tried; what it drafted after that was not.
-            tried = sum(min(a + 1, n) for a, n in zip(outcome.accepted, outcome.drafted, strict=True))
+            tried = sum(
+                min(a + 1, n) for a, n in zip(outcome.accepted, outcome.drafted, strict=True)
+            )
             self._selector.record(self._used, matches, tried)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -290,9 +290,7 @@ class ModelDraft:
                 "they must share one tokenizer"
             )
         t = self._tower
-        self._cache = KVCache(
-            t.config, len(state.texts), state.cache.capacity, t.device, t.dtype
-        )
+        self._cache = KVCache(t.config, len(state.texts), state.cache.capacity, t.device, t.dtype)
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         assert self._cache is not None, "begin comes first"
@@ -330,9 +328,7 @@ class ModelDraft:
     def _run(self, token: Tensor) -> Tensor:
         assert self._cache is not None
         L = self._tower.config.num_layers
-        return self._tower.logits(
-            self._tower.run(self._tower.embed(token), 0, L, self._cache), L
-        )
+        return self._tower.logits(self._tower.run(self._tower.embed(token), 0, L, self._cache), L)
 
 
 def check_exit_layer(exit_layer: int, num_layers: int) -> None:

@@ -47,7 +47,9 @@ class RoundCosts:
 
         def run(count: int) -> None:
             cache.truncate([32])
-            tower.run(tower.embed(torch.zeros(1, count, dtype=torch.long, device=device)), 0, L, cache)
+            tower.run(
+                tower.embed(torch.zeros(1, count, dtype=torch.long, device=device)), 0, L, cache
+            )
 
         h = torch.zeros(1, 1, tower.config.d_model, device=device, dtype=tower.dtype)
         run(32)
