@@ -316,7 +316,8 @@ class Run:
     def _decode(self) -> Iterator[Step]:
         tokenizer = self._model.tokenizer
         rows = range(len(self._texts))
-        ends = [RowEnd(self._stop, tokenizer and TextStream(tokenizer)) for _ in rows]
+        streams = [None if tokenizer is None else TextStream(tokenizer) for _ in rows]
+        ends = [RowEnd(self._stop, stream) for stream in streams]
         size, device = self._tower.config.vocab_size, self._tower.device
         chooser = Chooser(self._sampling, self._texts, rows, size, device)
         return speculate(self._tower, self._texts, self._draft, self._k, chooser, ends)

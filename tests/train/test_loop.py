@@ -291,7 +291,7 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         text=True,
     )
     try:
-        dist.init_process_group("gloo", rank=0, world_size=2, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", rank=0, world_size=2, timeout=timedelta(seconds=100))
         mine = ToyTask()
         reported = [figures(run(mine, config, tmp_path / "two"))]
         reported.append({step: tuple(x) for step, *x in json.loads(other.communicate()[0])})

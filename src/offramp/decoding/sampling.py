@@ -22,7 +22,7 @@ from offramp.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1 do not filter; repetition_penalty 1 does not act.
+    """temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 do nothing.
 
     Filters act in this order: repetition penalty (CTRL, arXiv 1909.05858: over prompt and text
     so far), temperature, top-k, top-p (nucleus, arXiv 1904.09751).

@@ -39,13 +39,15 @@ class RotaryTable:
         """(cos, signed sin), each [length, head_dim], in the dtype and on the device of `like`."""
         cos = self._cos
         if len(cos) < length or cos.device != like.device or cos.dtype != like.dtype:
-            size = max(256, 1 << (length - 1).bit_length())
-            angles = torch.outer(
-                torch.arange(size, dtype=torch.float32, device="cpu"), self._speeds
-            )
-            sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
-            cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
-            self._cos, self._sin = cos.to(like), sin.to(like)
+            # Not an inference tensor, whoever asks first: training may use the table next.
+            with torch.inference_mode(False):
+                size = max(256, 1 << (length - 1).bit_length())
+                angles = torch.outer(
+                    torch.arange(size, dtype=torch.float32, device="cpu"), self._speeds
+                )
+                sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+                cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
+                self._cos, self._sin = cos.to(like), sin.to(like)
         return self._cos[:length], self._sin[:length]
 
 
