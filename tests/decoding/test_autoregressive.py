@@ -101,15 +101,15 @@ def test_greedy_text_is_that_of_transformers(llama: tuple[Any, Path], penalty: f
     theirs, folder = llama
     ours = hub.load_decoder(folder)
     sampling = Sampling(repetition_penalty=penalty)
-    stop = Stop(30, frozenset(ours.config.eos_ids))
+    stop = Stop(16, frozenset(ours.config.eos_ids))
     texts = set()
-    for seed, length in enumerate((1, 4, 11)):
+    for seed, length in enumerate((1, 11)):
         ids = run.prompt(length, seed, vocab_size=200)
         prompt = torch.tensor([ids])
         with torch.inference_mode():
             expected = theirs.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                max_new_tokens=30, repetition_penalty=penalty,
+                max_new_tokens=16, repetition_penalty=penalty,
             )[0, length:].tolist()  # fmt: skip
         assert list(run.plain(ours, [ids], stop, sampling)[0].tokens) == expected
         for draft in (
@@ -119,4 +119,4 @@ def test_greedy_text_is_that_of_transformers(llama: tuple[Any, Path], penalty: f
             (row,) = run.drafted(ours, [ids], draft, 4, stop, sampling).rows
             assert list(row.tokens) == expected
         texts |= set(expected)
-    assert len(texts) > 20
+    assert len(texts) > 12

@@ -159,7 +159,7 @@ DRAWN = {
 def test_plain_sampling_draws_from_the_distribution(drawn: str) -> None:
     """One text per seed."""
     sampling, length = DRAWN[drawn]
-    count = 400
+    count = 250
     texts = [
         run.plain(small_model(), [PROMPT], Stop(length), _seeded(sampling, seed))[0].tokens
         for seed in range(count)

@@ -33,11 +33,12 @@ class RotaryTable:
 
     def __init__(self, config: DecoderConfig) -> None:
         self._speeds = inverse_frequencies(config)
-        self._cos = self._sin = torch.empty(0, config.head_dim, device="cpu")
+        empty = torch.empty(0, config.head_dim, device="cpu")
+        self._table = (empty, empty)  # swapped whole, so that threads never see half a change
 
     def upto(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, signed sin), each [length, head_dim], in the dtype and on the device of `like`."""
-        cos = self._cos
+        cos, sin = self._table
         if len(cos) < length or cos.device != like.device or cos.dtype != like.dtype:
             # Not an inference tensor, whoever asks first: training may use the table next.
             with torch.inference_mode(False):
@@ -47,8 +48,9 @@ class RotaryTable:
                 )
                 sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
                 cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
-                self._cos, self._sin = cos.to(like), sin.to(like)
-        return self._cos[:length], self._sin[:length]
+                cos, sin = cos.to(like), sin.to(like)
+            self._table = (cos, sin)
+        return cos[:length], sin[:length]
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
