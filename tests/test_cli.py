@@ -10,11 +10,10 @@ import pytest
 from offramp.cli import main
 
 
-def offramp(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+def offramp(capsys, *words: str) -> tuple[int, str, str]:
     """(exit status, standard output, standard error) of one command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["offramp", *words])
     try:
-        main()
+        main(list(words))
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
@@ -22,16 +21,16 @@ def offramp(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
     return status, shown.out, shown.err
 
 
-def test_generate_streams_the_same_text_with_and_without_drafts(monkeypatch, capsys, checkpoint):
+def test_generate_streams_the_same_text_with_and_without_drafts(capsys, checkpoint):
     words = ("generate", "--model", str(checkpoint), "the count", "--max-tokens", "12")
-    status, drafted, _ = offramp(monkeypatch, capsys, *words, "--exit-layer", "2")
-    plain = offramp(monkeypatch, capsys, *words, "--draft", "none")
+    status, drafted, _ = offramp(capsys, *words, "--exit-layer", "2")
+    plain = offramp(capsys, *words, "--draft", "none")
     assert status == 0 and drafted == plain[1] != "\n"
 
 
-def test_generate_json_has_events_and_stats(monkeypatch, capsys, checkpoint):
+def test_generate_json_has_events_and_stats(capsys, checkpoint):
     words = ("generate", "--model", str(checkpoint), "the count", "--max-tokens", "8", "--json")
-    status, out, _ = offramp(monkeypatch, capsys, *words)
+    status, out, _ = offramp(capsys, *words)
     *steps, done = [json.loads(line) for line in out.splitlines()]
     assert status == 0
     assert {s["event"] for s in steps} == {"step"} and done["event"] == "done"
@@ -40,13 +39,15 @@ def test_generate_json_has_events_and_stats(monkeypatch, capsys, checkpoint):
 
 
 def test_the_prompt_may_come_from_standard_input(checkpoint):
-    words = [sys.executable, "-m", "offramp", "generate", "-", "--model", str(checkpoint)]
+    words = [sys.executable, "-m", "offramp", "generate", "--model", str(checkpoint)]
     made = subprocess.run(
-        [*words, "--max-tokens", "4"], input="the count", capture_output=True, text=True, check=False
+        [*words, "--max-tokens", "4"],
+        input="the count",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert made.returncode == 0, made.stderr
-
-
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_the_prompt_may_come_from_standard_input(checkpoint):
         (["generate", "a", "--model", "{toy}", "--temperature", "-1"], "temperature is -1"),
         (["generate", "a", "--model", "{toy}", "--threads", "0"], "threads is 0"),
         (["generate", "a", "--nonsense"], "nonsense"),
-        (["generate"], "prompt"),
+        (["generate", "--model", "{toy}", "--max-tokens", "many"], "max-tokens"),
         (["nonsense"], "nonsense"),
         (["train", "no-such-recipe.py"], "no recipe file"),
         (["train", "{recipe}", "--set", "steps"], "key=value"),
@@ -78,7 +79,7 @@ def test_errors_are_one_line_and_status_2(
     recipe = Path(__file__).parents[1] / "recipes" / "layerskip_books.py"
     filled = [w.format(toy=checkpoint, recipe=recipe) for w in words]
     monkeypatch.chdir(tmp_path)
-    status, out, err = offramp(monkeypatch, capsys, *filled)
+    status, out, err = offramp(capsys, *filled)
     assert status == 2, err
     assert out == ""
     assert err.startswith("offramp: ") and err.count("\n") == 1, err
@@ -86,8 +87,8 @@ def test_errors_are_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_names_every_verb(monkeypatch, capsys):
-    status, out, _ = offramp(monkeypatch, capsys, "--help")
+def test_help_names_every_verb(capsys):
+    status, out, _ = offramp(capsys, "--help")
     assert status == 0
     for verb in ("generate", "train", "eval", "tune", "bench", "fetch", "demo", "info"):
         assert verb in out

@@ -22,9 +22,7 @@ def pieces_tokenizer() -> TextTokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     space, first = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence(
-        [space, decoders.ByteFallback(), decoders.Fuse(), first]
-    )
+    tokenizer.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), first])
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (BOS, EOS)])
     return TextTokenizer(tokenizer)
 

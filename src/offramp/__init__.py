@@ -12,6 +12,7 @@ from offramp.errors import (
     DataError,
     InputError,
     OfframpError,
+    TrainingError,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "Sampling",
     "Step",
     "Stop",
+    "TrainingError",
     "load",
 ]
 

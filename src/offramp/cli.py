@@ -23,7 +23,8 @@ Threads = Annotated[int | None, Parameter(help="CPU threads; default: what torch
 
 @app.command
 def generate(
-    prompt: str,
+    prompt: str | None = None,
+    /,
     *,
     model: ModelName = "lm-tiny",
     draft: Literal["exit", "adaptive", "ngram", "model", "none"] | None = None,
@@ -49,7 +50,7 @@ def generate(
 
     Parameters
     ----------
-    prompt: The text to continue; - reads standard input.
+    prompt: The text to continue; default: standard input, if it is piped.
     draft: Where drafts come from; default: the checkpoint's exit, else adaptive.
     exit_layer: Draft with this many layers.
     num_draft_tokens: Tokens drafted per round, at most.
@@ -71,9 +72,12 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     options = DraftOptions(draft, exit_layer, num_draft_tokens, min_confidence, draft_model)
     ends = Stop(max_tokens, frozenset(stop_token), stop)
-    text = sys.stdin.read() if prompt == "-" else prompt
     run = load(model, device=device, dtype=dtype).stream(
-        text, sampling=sampling, draft=options, stop=ends, exit_layer=early_exit
+        _piped() if prompt is None else prompt,
+        sampling=sampling,
+        draft=options,
+        stop=ends,
+        exit_layer=early_exit,
     )
     terminal.stream_json(run) if json else terminal.stream_text(run)
 
@@ -112,6 +116,8 @@ def exits(
     model: ModelName,
     data: Path | None = None,
     limit: int | None = None,
+    only: tuple[int, ...] = (),
+    device: str = "cpu",
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -119,17 +125,18 @@ def exits(
 
     Parameters
     ----------
-    data: A .txt file, or a .tsv file with utterance and semantic_parse; default for a shipped
-        model: the development data it was made for.
-    limit: Use this many tokens or items at most.
+    data: A .txt file, or a .tsv file with columns utterance and semantic_parse; default: the
+        development data that a shipped model was made for.
+    limit: Read this many characters or utterances at most.
+    only: Evaluate this exit only (may be given several times).
     """
     from offramp import terminal
-    from offramp.api import load
-    from offramp.bench.exit_quality import exit_quality
+    from offramp.bench.exit_quality import ExitQualityOptions, run
 
     _set_threads(threads)
-    report = exit_quality(load(model), model, data, limit)
-    terminal.table(*report.table())
+    with terminal.progress(f"exits of {model}") as tell:
+        report = run(model, ExitQualityOptions(data, limit, only or None, device), tell)
+    terminal.show_exit_quality(report)
     terminal.write_json(json, report.to_dict())
 
 
@@ -138,6 +145,10 @@ def tune(
     *,
     model: ModelName = "lm-tiny",
     data: Path | None = None,
+    prompts: int = 30,
+    rounds: int = 3,
+    device: str = "cpu",
+    dtype: str = "float32",
     save: bool = False,
     threads: Threads = None,
     json: Json = None,
@@ -146,17 +157,20 @@ def tune(
 
     Parameters
     ----------
-    data: As for eval exits.
-    save: Write the result into the checkpoint folder (offramp.json).
+    data: A .txt or .tsv file that prompts are taken from; default: as for eval exits.
+    prompts: How many prompts.
+    rounds: Times that each is decoded in each way; the median counts.
+    save: Write the result into the checkpoint folder (offramp.json), where generate finds it.
     """
     from offramp import terminal
-    from offramp.api import load
-    from offramp.bench import tune as worker
+    from offramp.bench.tune import TuneOptions, run
     from offramp.models.hub import resolve
 
     _set_threads(threads)
-    report = worker.tune(load(model), worker.prompts_of(model, data))
-    terminal.table(*report.table())
+    options = TuneOptions(data, prompts=prompts, rounds=rounds, device=device, dtype=dtype)
+    with terminal.progress(f"tuning {model}") as tell:
+        report = run(model, options, tell)
+    terminal.show_tuning(report)
     terminal.write_json(json, report.to_dict())
     if save:
         report.save(resolve(model))
@@ -169,8 +183,10 @@ def layerskip(
     exit_layer: int | None = None,
     num_draft_tokens: int | None = None,
     rounds: int = 3,
-    limit: int | None = None,
+    prompts: int = 100,
     peers: bool = True,
+    device: str = "cpu",
+    dtype: str = "float32",
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -178,17 +194,27 @@ def layerskip(
 
     Parameters
     ----------
+    exit_layer: Default: what the checkpoint recommends, as for num_draft_tokens.
     rounds: Times that every prompt is decoded in each way; the median counts.
-    limit: Prompts of each set at most (default: 100 utterances, 20 passages).
+    prompts: Utterances of the sample (1 to 100); the 20 passages of a novel are always read.
     peers: Also run transformers (needs the extra offramp[hf]).
     """
     from offramp import terminal
-    from offramp.bench.layerskip import BenchOptions, run
+    from offramp.bench.layerskip import LayerSkipOptions, run
 
     _set_threads(threads)
-    options = BenchOptions(exit_layer, num_draft_tokens, rounds, limit, peers)
-    report = run(model, options)
-    terminal.table(*report.table())
+    options = LayerSkipOptions(
+        exit_layer,
+        num_draft_tokens,
+        rounds=rounds,
+        top_prompts=prompts,
+        peers=peers,
+        device=device,
+        dtype=dtype,
+    )
+    with terminal.progress(f"bench layerskip, {model}") as tell:
+        report = run(model, options, tell)
+    terminal.show_layerskip(report)
     terminal.write_json(json, report.to_dict())
 
 
@@ -238,6 +264,12 @@ def info() -> None:
     terminal.table("", ("", ""), rows)
 
 
+def _piped() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError("there is no prompt; give one, or pipe text into standard input")
+    return sys.stdin.read().rstrip("\n")
+
+
 def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
@@ -252,10 +284,13 @@ def _set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def main() -> None:
-    """Entry point: errors that a user can mend are one line on standard error, exit status 2."""
+def main(words: list[str] | None = None) -> None:
+    """Entry point: errors that a user can mend are one line on standard error, exit status 2.
+
+    words: the command line after the program's name; None: this process's.
+    """
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:] if words is None else words, exit_on_error=False, print_error=False)
     except (OfframpError, CycloptsError) as error:
         print(f"offramp: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@
     |-- ConfigError             a configuration that is not supported or contradicts itself
     |-- CheckpointError         a checkpoint that is missing, truncated, corrupt or of another model
     |-- DataError               a data file that is missing or malformed
+    |-- TrainingError           a run that cannot go on, such as one whose loss is not a number
     `-- InputError              an argument out of range: a prompt, an exit layer, a temperature
 
 A message says, in one line, what was wrong, what was given, what is allowed and what to do.
@@ -26,6 +27,10 @@ class CheckpointError(OfframpError):
 
 class DataError(OfframpError):
     """A data file that is missing or malformed."""
+
+
+class TrainingError(OfframpError):
+    """A training run that cannot go on."""
 
 
 class InputError(OfframpError):

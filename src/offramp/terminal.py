@@ -7,7 +7,8 @@ standard error, so that output can be piped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ from offramp.results import DecodeStats, Step
 
 if TYPE_CHECKING:
     from offramp.api import Model, Run
+    from offramp.bench.exit_quality import ExitQuality
+    from offramp.bench.layerskip import LayerSkipReport
+    from offramp.bench.tune import TuneReport
     from offramp.train.loop import TrainEvent
 
 out = Console(highlight=False, soft_wrap=True)
@@ -115,9 +119,94 @@ def stats_rows(stats: Mapping[str, DecodeStats]) -> list[list[str]]:
 STATS_COLUMNS = ("", "tokens/s", "layers run per token", "drafts accepted", "tokens per verify")
 
 
+def show_exit_quality(report: ExitQuality) -> None:
+    """A row per exit; the unit is in the column's name."""
+    from offramp.bench.exit_quality import ParseExit, TextExit
+
+    title = f"{report.model} on {', '.join(report.data)}"
+    if report.kind == "text":
+        rows = [
+            [str(e.exit_layer), number(e.bits_per_byte, 3), _percent(e.top1_agreement)]
+            for e in report.exits
+            if isinstance(e, TextExit)
+        ]
+        columns = ("exit layer", "bits per byte", "chooses as the last layer, %")
+        return table(f"{title} ({report.items:,} tokens)", columns, rows)
+    rows = [
+        [str(e.exit_layer), _percent(e.exact_match), _percent(e.exact_match_supported)]
+        for e in report.exits
+        if isinstance(e, ParseExit)
+    ]
+    columns = (
+        "exit layer",
+        f"exact match, % of all {report.items:,}",
+        f"% of the {report.supported_items or 0:,} that TOP's paper counts",
+    )
+    return table(title, columns, rows)
+
+
+def show_tuning(report: TuneReport) -> None:
+    """The measured candidates, fastest first."""
+    rows = [["plain", "-", number(report.plain_tokens_per_s, 0), "1.00", "-"]]
+    for c in report.candidates:
+        setting = [str(c.exit_layer), str(c.num_draft_tokens)]
+        speed = [number(c.tokens_per_s, 0), number(c.speedup)]
+        rows.append([*setting, *speed, _percent(c.acceptance_rate)])
+    columns = ("exit layer", "draft tokens", "tokens/s", "speed-up", "accepted, %")
+    table(f"{report.model}: {report.prompts} prompts, {report.threads} threads", columns, rows)
+    best = report.best
+    if best is None:
+        out.print("No draft beat plain decoding here.")
+    else:
+        options = f"--exit-layer {best.exit_layer} --num-draft-tokens {best.num_draft_tokens}"
+        out.print(f"Fastest: {options}")
+
+
+def show_layerskip(report: LayerSkipReport) -> None:
+    """A row per way of decoding, two columns per set of prompts; then what was held equal."""
+    from offramp.bench.layerskip import OURS, PEERS
+
+    sets = {"all prompts": report.overall, **report.by_prompt_set}
+    rows = []
+    for name in (*OURS, *PEERS):
+        cells = [name.replace("_", " ")]
+        for figures in sets.values():
+            gain = figures.speedup(name, "autoregressive")
+            cells += [number(figures.tokens_per_s(name), 0), number(gain)]
+        rows.append(cells)
+    columns = ["tokens/s and ratio to plain", *(part for name in sets for part in (name, "x"))]
+    setting = f"exit layer {report.exit_layer}, {report.num_draft_tokens} draft tokens"
+    machine = f"{report.threads} threads, {report.dtype}"
+    table(f"{report.model}: {setting}, {machine}", columns, rows)
+    made = report.overall
+    accepted = _percent(made.arms["self_speculative"].acceptance_rate)
+    out.print(
+        f"Identical text in all our ways: {'yes' if made.identical else 'NO'}; the same as "
+        f"transformers' for {_percent(made.identical_to_transformers)} % of the prompts.\n"
+        f"Accepted: {accepted} % of drafted tokens. Adaptive decoding "
+        f"where every draft fails: {report.fallback.vs_autoregressive:.2f} of plain speed."
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else number(100 * share, 1)
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error; yields what to call with (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        shown = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(shown, completed=done, total=total)
+
+
 def train_progress(name: str, steps: int, events: Iterable[TrainEvent]) -> None:
-    """A progress bar on standard error, and a line for every evaluation."""
-    from offramp.train.loop import Evaluated, StepDone
+    """A progress bar on standard error, and a line for every evaluation.
+
+    Under torchrun only the first process shows them.
+    """
+    from offramp.train.loop import Evaluated, StepDone, is_first_process
 
     columns = (
         TextColumn("{task.description}"),
@@ -126,7 +215,7 @@ def train_progress(name: str, steps: int, events: Iterable[TrainEvent]) -> None:
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[pace]:,.0f} tokens/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err) as bar:
+    with Progress(*columns, console=err, disable=not is_first_process()) as bar:
         shown = bar.add_task(name, total=steps, loss=float("nan"), pace=0.0)
         for event in events:
             if isinstance(event, StepDone):

@@ -81,8 +81,8 @@ def test_the_states_that_are_handed_over_are_those_of_the_tower() -> None:
         ids = torch.tensor([[*text, *proposal.tokens[row, :-1].tolist()]])
         h = model.run(model.embed(ids), 0, 3, KVCache(model.config, 1, ids.shape[1]))
         torch.testing.assert_close(
-                proposal.hidden[row], h[0, len(text) - 1 :], rtol=1e-3, atol=1e-3
-            )
+            proposal.hidden[row], h[0, len(text) - 1 :], rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("min_confidence", [0.02, 0.06, 0.15, 0.5])
@@ -355,17 +355,19 @@ def test_a_draft_is_told_what_became_of_its_tokens() -> None:
     assert draft.kept == [[0]]
 
 
-def test_a_draft_is_told_how_watched_exits_compare() -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, *(Sampling(1.0, seed=i) for i in range(3))])
+def test_a_draft_is_told_how_watched_exits_compare(sampling: Sampling) -> None:
     """Agreements with the tower on the end of the prompt, and wherever the context was true."""
     model = run.model()
-    text = continuations(model, 4)[0]
+    text = continuations(model, 4, sampling)[0]
     draft = Recorder([[[text[0], (text[1] + 1) % 61, text[2]]]], watch=(1, 3))
-    run.drafted(model, TEXTS[:1], draft, 3, Stop(5))
+    run.drafted(model, TEXTS[:1], draft, 3, Stop(5), sampling)
     ids = torch.tensor([TEXTS[0] + text[:1]])
+    chooser = Chooser(sampling, TEXTS[:1], [0], 61, model.device)
     choice = {}
     for e in (1, 3, LAYERS):
         h = model.run(model.embed(ids), 0, e, KVCache(model.config, 1, ids.shape[1]))
-        choice[e] = model.logits(h, e)[0].argmax(-1)
+        choice[e] = chooser.choose(model.logits(h, e), [1], None)[0]
     prompt, first = draft.outcomes[:2]
     for e in (1, 3):
         same = (choice[e] == choice[LAYERS]).tolist()

@@ -56,9 +56,7 @@ def test_more_drafts_and_later_exits_cost_more() -> None:
 def test_estimated_costs_are_of_the_weights_read() -> None:
     config = toy.config()  # d_model 32, 4 + 2 heads of 8, d_ff 48, 61 tokens
     costs = RoundCosts.estimate(config)
-    layer = sum(
-        p.numel() for p in toy.decoder().layers[0].parameters() if p.ndim == 2
-    )
+    layer = sum(p.numel() for p in toy.decoder().layers[0].parameters() if p.ndim == 2)
     assert costs.layer == 1.0
     assert costs.head == pytest.approx(61 * 32 / layer)
 

@@ -50,7 +50,12 @@ def books(split: str, root: Path | None = None) -> dict[str, str]:
         raise DataError(
             f"{folder} holds no .txt file; set OFFRAMP_DATA to the folder that holds the corpora"
         )
-    return {f.stem: unwrap(_read(f)) for f in files}
+    return {f.stem: novel(f) for f in files}
+
+
+def novel(path: Path) -> str:
+    """The unwrapped text of one file."""
+    return unwrap(_read(path))
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class EarlyExitDraft(_Stateless):
             raise InputError(
                 f"min_confidence is {min_confidence}; it must be at least 0 and less than 1"
             )
-        self._exit_layer, self._min_confidence, self._eos_ids = exit_layer, min_confidence, eos_ids
+        self.exit_layer, self._min_confidence, self._eos_ids = exit_layer, min_confidence, eos_ids
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         tower, token = state.tower, state.newest()
@@ -155,8 +155,8 @@ class EarlyExitDraft(_Stateless):
         tokens: list[Tensor] = []
         hidden: list[Tensor] = []
         while len(tokens) < k:
-            h = tower.run(tower.embed(token), 0, self._exit_layer, state.cache)
-            logits = tower.logits(h, self._exit_layer)
+            h = tower.run(tower.embed(token), 0, self.exit_layer, state.cache)
+            logits = tower.logits(h, self.exit_layer)
             before = torch.cat(tokens, dim=1) if tokens else None
             positions = [n + len(tokens) for n in state.lengths()]
             token = state.chooser.choose(logits, positions, before)
@@ -164,7 +164,7 @@ class EarlyExitDraft(_Stateless):
             tokens.append(token)
             if len(tokens) < k and self._should_stop(logits, token, eos):
                 break
-        return Proposal(torch.cat(tokens, dim=1), None, torch.cat(hidden, dim=1), self._exit_layer)
+        return Proposal(torch.cat(tokens, dim=1), None, torch.cat(hidden, dim=1), self.exit_layer)
 
     def _should_stop(self, logits: Tensor, token: Tensor, eos: Tensor) -> bool:
         # Looking at a token is free on a CPU; on a GPU the end of text is left to the loop.

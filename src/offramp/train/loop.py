@@ -9,6 +9,7 @@ forbid. Launch several processes with torchrun.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from offramp.errors import ConfigError
+from offramp.errors import ConfigError, TrainingError
 from offramp.train.checkpoint import load_state, save_state
 from offramp.train.schedules import learning_rate
 
@@ -111,7 +112,9 @@ def train(
             f"num_shards is {config.num_shards} for {world} processes; it must be a multiple"
         )
     optimizers = _optimizers(task.model, config)
-    state, settings = out / "state.safetensors", {**settings, "train": asdict(config)}
+    # How often to save and to look changes nothing in the result, so a resumed run may differ.
+    ours = {k: v for k, v in asdict(config).items() if not k.endswith("_every")}
+    state, settings = out / "state.safetensors", {**settings, "train": ours}
     first = load_state(state, task.model, optimizers, settings) if state.exists() else 0
     began, tokens = time.monotonic(), 0.0
     for step in range(first, config.steps):
@@ -122,6 +125,12 @@ def train(
                 group["lr"] = lr
         sums = _sum_shards(task, step, range(rank, config.num_shards, world), config.num_shards)
         _all_reduce(task.model, sums, world)
+        loss = sums["loss"] / sums["targets"]
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of step {step + 1} is {loss}; lower lr ({config.lr}) or raise "
+                f"warmup_steps ({config.warmup_steps}); the state in {out} is from before it"
+            )
         norm = nn.utils.clip_grad_norm_(task.model.parameters(), config.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
@@ -129,7 +138,7 @@ def train(
         pace = (time.monotonic() - began) / (step + 1 - first)
         yield StepDone(
             step=step + 1,
-            loss=sums["loss"] / sums["targets"],
+            loss=loss,
             grad_norm=float(norm),
             lr=lr,
             tokens_per_s=tokens / (time.monotonic() - began),
@@ -141,6 +150,11 @@ def train(
             yield Saved(step + 1, state)
         if rank == 0 and (done or (step + 1) % config.evaluate_every == 0):
             yield Evaluated(step + 1, task.evaluate())
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes files and shows progress (rank 0)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _join_processes(model: nn.Module) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from offramp.models.decoder_lm import DecoderLM
 from offramp.tokenizer import BOS, EOS, PAD, TextTokenizer, train_bpe
 from offramp.train.evaluation import exit_nll
 from offramp.train.layerskip import LayerSkipConfig, LayerSkipTask
-from offramp.train.loop import TrainConfig, TrainEvent, train
+from offramp.train.loop import TrainConfig, TrainEvent, is_first_process, train
 
 CORPORA = ("books", "top")
 
@@ -58,7 +58,8 @@ class TextRecipe:
         tokenizer, model = self._start(device)
         task = TextTask(self, model, tokenizer)
         yield from train(task, self.train, out, asdict(self))
-        hub.save_decoder(model, out / "checkpoint", tokenizer, dtype=torch.float16)
+        if is_first_process():
+            hub.save_decoder(model, out / "checkpoint", tokenizer, dtype=torch.float16)
 
     def _start(self, device: str) -> tuple[TextTokenizer, DecoderLM]:
         if isinstance(self.model, str):
