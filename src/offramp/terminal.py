@@ -196,7 +196,7 @@ def _percent(share: float | None) -> str:
 def progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error; yields what to call with (done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         shown = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(shown, completed=done, total=total)
 
