@@ -20,7 +20,7 @@ from offramp.decoding.drafts import (
     Outcome,
     Proposal,
 )
-from offramp.decoding.exits import RoundCosts
+from offramp.decoding.exits import ExitSelector, RoundCosts
 from offramp.decoding.sampling import Chooser, Sampling
 from offramp.decoding.speculative import speculate
 from offramp.decoding.stopping import Stop
@@ -192,6 +192,53 @@ def test_after_a_prompt_of_one_token_there_is_no_opinion() -> None:
     got = run.drafted(model, [[5]], AdaptiveExitDraft([2], LAYERS, COSTS), 8, Stop(60))
     assert got.rows == run.plain(model, [[5]], Stop(60))
     assert got.accepted == got.drafted > 30
+
+
+def adaptive(state: DecodeState, rights: dict[int, int]) -> AdaptiveExitDraft:
+    """A draft for exits 1, 3, 5 that saw each of `rights` agree so often of 8 on the prompt."""
+    draft = AdaptiveExitDraft([1, 3, 5], LAYERS, RoundCosts(1.0, 0.0, 0.0))
+    draft.begin(state, Outcome([], [], {e: (right, 8) for e, right in rights.items()}))
+    return draft
+
+
+@pytest.mark.parametrize(
+    ("rights", "seen"),
+    [
+        # What runs anyway is looked at: above the exit in use, and everywhere if none is.
+        ({1: 8, 3: 8, 5: 8}, {4: (3, 5), 8: (3, 5), 12: (3, 5), 16: (3, 5)}),
+        ({1: 0, 3: 8, 5: 8}, {4: (5,), 8: (5,), 12: (5,), 16: (5,)}),
+        ({1: 0, 3: 0, 5: 0}, {16: (1, 3, 5)}),
+    ],
+)
+def test_now_and_then_exits_are_compared(
+    rights: dict[int, int], seen: dict[int, tuple[int, ...]]
+) -> None:
+    state = state_of(run.model(), TEXTS[:1])
+    draft, watched = adaptive(state, rights), {}
+    for round_ in range(1, 17):
+        proposal = draft.propose(state, 2)
+        state.cache.truncate([len(text) - 1 for text in state.texts])
+        if proposal.watch:
+            watched[round_] = proposal.watch
+    assert watched == seen
+
+
+def test_a_draft_that_was_cut_was_tried_as_far_as_its_first_refusal() -> None:
+    """3 accepted of 6 drafted: the fourth was refused, and nobody knows of the other two."""
+    state = state_of(run.model(), TEXTS[:1])
+    draft, costs = adaptive(state, {1: 8, 3: 0, 5: 0}), RoundCosts(1.0, 0.0, 0.0)
+    honest, hasty = (ExitSelector(LAYERS, [1], costs) for _ in range(2))
+    for selector in (honest, hasty):
+        selector.record(1, 8, 8)
+    for _ in range(40):
+        draft.propose(state, 30)
+        draft.observe(state, Outcome([6], [3]))
+        state.cache.truncate([len(text) - 1 for text in state.texts])
+        honest.record(1, 3, 4)
+        hasty.record(1, 3, 6)
+    assert honest.plan(30) != hasty.plan(30)
+    proposal = draft.propose(state, 30)
+    assert (proposal.exit_layer, proposal.tokens.shape[1]) == honest.plan(30)
 
 
 # -- words that stood before -------------------------------------------------------------------

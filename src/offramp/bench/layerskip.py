@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from offramp.bench.arms import (
     interleave,
     plain,
 )
-from offramp.bench.peers import Transformers
+from offramp.bench.peers import Transformers, quiet
 from offramp.bench.prompts import Prompt
 from offramp.config import DecoderConfig
 from offramp.data import corpora
@@ -183,7 +184,8 @@ def run(
         arms |= dict(zip(PEERS, (peer.greedy(), peer.early_exit(fixed.exit_layer)), strict=True))
         peer_version = peer.version
     first, second = halves(on_progress)
-    results = interleave(arms, prompts, options.rounds, tower.device, first)
+    with quiet() if options.peers else nullcontext():
+        results = interleave(arms, prompts, options.rounds, tower.device, first)
     return LayerSkipReport(
         model=model_name,
         device=options.device,

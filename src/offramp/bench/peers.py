@@ -38,7 +38,7 @@ class Transformers:
                 "'offramp[hf]', or leave the peers out (--no-peers)"
             ) from error
         self.version: str = transformers.__version__
-        with _quiet(transformers.utils.logging):
+        with quiet():
             cls: Any = transformers.AutoModelForCausalLM  # not typed as we need it
             self._model = cls.from_pretrained(folder, dtype=dtype).to(device).eval()
         eos = sorted(stop.token_ids)
@@ -70,8 +70,10 @@ class Transformers:
 
 
 @contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """No progress bar and no remarks while a checkpoint loads."""
+def quiet() -> Iterator[None]:
+    """No progress bars and no remarks of transformers on standard error."""
+    from transformers.utils import logging
+
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

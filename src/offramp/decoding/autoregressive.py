@@ -9,6 +9,7 @@ import torch
 from offramp.decoding.sampling import Chooser
 from offramp.decoding.stopping import RowEnd
 from offramp.nn.cache import KVCache
+from offramp.nn.device import upload
 from offramp.nn.tower import Tower
 from offramp.results import Step
 
@@ -25,10 +26,10 @@ def autoregress(
     capacity = len(prompt) + end.remaining
     cache = KVCache(tower.config, 1, capacity, tower.device, tower.dtype)
     if len(prompt) > 1:
-        before = torch.tensor([text[:-1]], device=tower.device)
+        before = upload([text[:-1]], tower.device)
         tower.run(tower.embed(before), 0, L, cache)
     while end.reason is None:
-        newest = torch.tensor([text[-1:]], device=tower.device)
+        newest = upload([text[-1:]], tower.device)
         h = tower.run(tower.embed(newest), 0, L, cache)
         token = int(chooser.choose(tower.logits(h, L), [len(text)], None))
         text.append(token)

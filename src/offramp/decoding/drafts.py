@@ -19,6 +19,7 @@ from offramp.decoding.exits import ExitSelector, RoundCosts
 from offramp.decoding.sampling import Chooser
 from offramp.errors import InputError
 from offramp.nn.cache import KVCache
+from offramp.nn.device import upload
 from offramp.nn.tower import Tower
 
 
@@ -33,7 +34,7 @@ class DecodeState:
 
     def newest(self) -> Tensor:
         """The last token of each row [B, 1]."""
-        return torch.tensor([text[-1:] for text in self.texts], device=self.tower.device)
+        return upload([text[-1:] for text in self.texts], self.tower.device)
 
     def lengths(self) -> list[int]:
         return [len(text) for text in self.texts]
@@ -151,7 +152,7 @@ class EarlyExitDraft(_Stateless):
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         tower, token = state.tower, state.newest()
-        eos = torch.tensor(sorted(self._eos_ids), device=tower.device)
+        eos = upload(sorted(self._eos_ids), tower.device)
         tokens: list[Tensor] = []
         hidden: list[Tensor] = []
         while len(tokens) < k:
@@ -261,7 +262,7 @@ class NGramDraft(_Stateless):
         found = [self._continuation(text, k) for text in state.texts]
         width = max(len(f) for f in found)
         padded = [f + [0] * (width - len(f)) for f in found]
-        tokens = torch.tensor(padded, dtype=torch.long, device=state.tower.device)
+        tokens = upload(padded, state.tower.device)
         return Proposal(tokens.view(len(found), width), [len(f) for f in found])
 
     def _continuation(self, text: list[int], k: int) -> list[int]:
@@ -318,11 +319,11 @@ class ModelDraft:
         known = self._cache.length(0)
         new = [text[n:] for text, n in zip(state.texts, known, strict=True)]
         width = max(len(n) for n in new)
-        padded = torch.tensor([n + [0] * (width - len(n)) for n in new], device=self._tower.device)
+        padded = upload([n + [0] * (width - len(n)) for n in new], self._tower.device)
         L = self._tower.config.num_layers
         h = self._tower.run(self._tower.embed(padded), 0, L, self._cache)
         self._cache.truncate(state.lengths())
-        last = torch.tensor([len(n) - 1 for n in new], device=h.device)
+        last = upload([len(n) - 1 for n in new], h.device)
         return self._tower.logits(h[torch.arange(len(new), device=h.device), last][:, None], L)
 
     def _run(self, token: Tensor) -> Tensor:

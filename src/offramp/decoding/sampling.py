@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import InputError
+from offramp.nn.device import upload
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Chooser:
         if sampling.repetition_penalty != 1.0:
             self._seen = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
             for row, text in enumerate(texts):
-                self._seen[row, torch.tensor(list(text), device=device)] = True
+                self._seen[row, upload(list(text), device)] = True
 
     def choose(self, logits: Tensor, positions: Sequence[int], drafted: Tensor | None) -> Tensor:
         """Logits [B, T, V] -> tokens [B, T], without waiting for the device.
@@ -91,7 +92,7 @@ class Chooser:
     def commit(self, row: int, tokens: Sequence[int], length: int) -> None:
         """Row `row` has emitted `tokens` and is now `length` tokens long."""
         if self._seen is not None and tokens:
-            self._seen[row, torch.tensor(list(tokens), device=self._device)] = True
+            self._seen[row, upload(list(tokens), self._device)] = True
         key = self._rows[row]
         for old in [k for k in self._noise if k[0] == key and k[1] < length]:
             del self._noise[old]

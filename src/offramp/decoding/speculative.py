@@ -24,6 +24,7 @@ from offramp.decoding.drafts import DecodeState, Draft, Outcome, Proposal
 from offramp.decoding.sampling import Chooser
 from offramp.decoding.stopping import RowEnd
 from offramp.nn.cache import KVCache
+from offramp.nn.device import upload
 from offramp.nn.tower import Tower
 from offramp.results import Step
 
@@ -90,13 +91,13 @@ def _prefill(state: DecodeState, watch: tuple[int, ...]) -> Outcome:
     # Shorter prompts are padded on the right: padding stands after all that could see it, and
     # its keys are forgotten at once.
     padded = [(text[:-1] + [0] * longest)[:longest] for text in state.texts]
-    h = state.tower.embed(torch.tensor(padded, device=state.tower.device))
+    h = state.tower.embed(upload(padded, state.tower.device))
     hidden = _run_watched(state, h, 0, watch)
     state.cache.truncate(before)
     count = min(_PROMPT_POSITIONS, *before)
     if not watch or count == 0:
         return Outcome([], [])
-    ends = torch.tensor([[n - count + i for i in range(count)] for n in before], device=h.device)
+    ends = upload([[n - count + i for i in range(count)] for n in before], h.device)
     rows = torch.arange(len(before), device=h.device)[:, None]
     positions = [n - count + 1 for n in before]
     chosen = {

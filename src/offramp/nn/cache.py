@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offramp.config import DecoderConfig
 from offramp.errors import InputError
+from offramp.nn.device import upload
 
 
 class KVCache:
@@ -97,7 +98,7 @@ class KVCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but `rows` (copies the memory of the rows that stay)."""
-        index = torch.tensor(list(rows), device=self._keys.device)
+        index = upload(list(rows), self._keys.device)
         self._keys = self._keys.index_select(1, index)
         self._values = self._values.index_select(1, index)
         self._lengths = [tuple(held[r] for r in rows) for held in self._lengths]
@@ -126,7 +127,7 @@ class KVSpan:
         if uniform:
             positions = torch.arange(start[0], stop[0], device=device)[None]
         else:
-            offsets = torch.tensor(start, device=device)[:, None]
+            offsets = upload(start, device)[:, None]
             positions = offsets + torch.arange(num_tokens, device=device)
         keys = torch.arange(total, device=device)
         query = positions[:, None, :, None]
