@@ -35,7 +35,18 @@ def pieces(tokenizer: TextTokenizer, tokens: list[int]) -> list[str]:
     return [*(stream.push(t) for t in tokens), stream.flush()]
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "bytes",
+        pytest.param(
+            "pieces",
+            marks=pytest.mark.xfail(
+                strict=True, reason="TextStream takes a token without text for context"
+            ),
+        ),
+    ],
+)
 def test_special_tokens_add_nothing_and_change_nothing(kind: str) -> None:
     """A model may write its beginning of text in the middle, and several."""
     tokenizer = TOKENIZERS[kind]()

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import toy
 import torch
 
+import toy
 from offramp.decoding.autoregressive import autoregress
 from offramp.decoding.drafts import (
     AdaptiveExitDraft,

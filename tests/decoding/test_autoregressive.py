@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
 import toy
 import toy_decoding as run
-import torch
-from toy_decoding import LAYERS
-
 from offramp.decoding.autoregressive import autoregress
 from offramp.decoding.drafts import AdaptiveExitDraft, EarlyExitDraft
 from offramp.decoding.exits import RoundCosts
@@ -20,6 +19,7 @@ from offramp.energy.trace import Trace
 from offramp.errors import InputError
 from offramp.models import hub
 from offramp.nn.tower import TracedTower, TruncatedTower
+from toy_decoding import LAYERS
 
 
 @pytest.mark.parametrize("variant", toy.VARIANTS)

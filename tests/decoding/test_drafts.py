@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-import toy_decoding as run
 import torch
-from toy_decoding import DRAFTS, GREEDY, LAYERS
 
+import toy_decoding as run
 from offramp.decoding.drafts import (
     AdaptiveExitDraft,
     DecodeState,
@@ -28,6 +27,7 @@ from offramp.errors import InputError
 from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.cache import KVCache
 from offramp.nn.tower import Tower, TruncatedTower
+from toy_decoding import DRAFTS, GREEDY, LAYERS
 
 COSTS = RoundCosts(1.0, 0.1, 0.02)
 TEXTS = [run.prompt(6, seed=1), run.prompt(3, seed=2)]
@@ -316,7 +316,7 @@ def test_a_model_reads_each_token_once() -> None:
 
 def test_models_of_two_vocabularies_do_not_go_together() -> None:
     draft = ModelDraft(run.model(vocab_size=40))
-    with pytest.raises(InputError, match="40 tokens and the target 61; .* one tokenizer") as error:
+    with pytest.raises(InputError, match="40 tokens and the target 61") as error:
         run.drafted(run.model(), TEXTS, draft, 4, Stop(5))
     assert "\n" not in str(error.value)
 

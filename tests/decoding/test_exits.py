@@ -6,9 +6,9 @@ import itertools
 import random
 
 import pytest
+
 import toy
 import toy_decoding as run
-
 from offramp.decoding.exits import ExitSelector, RoundCosts
 
 FREE = RoundCosts(layer=1.0, head=0.0, extra=0.0)

@@ -10,17 +10,17 @@ from functools import cache
 from typing import Any
 
 import pytest
-import toy
-import toy_decoding as run
 import torch
 from torch import Tensor
-from toy_decoding import DRAFTS, LAYERS
 
+import toy
+import toy_decoding as run
 from offramp.decoding.drafts import EarlyExitDraft
 from offramp.decoding.sampling import Chooser, Sampling, keep_top
 from offramp.decoding.stopping import Stop
 from offramp.errors import InputError
 from offramp.models.decoder_lm import DecoderLM
+from toy_decoding import DRAFTS, LAYERS
 
 SETTINGS: dict[str, Sampling] = {
     "temperature": Sampling(temperature=0.8, seed=1),

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
+import torch
+
 import toy
 import toy_decoding as run
-import torch
-from toy_decoding import DRAFTS, GREEDY, LAYERS
-
 from offramp.decoding.drafts import DecodeState, Draft, EarlyExitDraft, NoDraft, Outcome, Proposal
 from offramp.decoding.sampling import Chooser, Sampling
 from offramp.decoding.speculative import speculate
@@ -23,6 +22,7 @@ from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.cache import KVCache
 from offramp.nn.tower import TracedTower
 from offramp.tokenizer import TextTokenizer, train_bpe
+from toy_decoding import DRAFTS, GREEDY, LAYERS
 
 RAGGED = [run.prompt(9, seed=1), run.prompt(1, seed=2), run.prompt(4, seed=3)]
 every_draft = pytest.mark.parametrize("draft", DRAFTS)
@@ -299,7 +299,7 @@ def steps_of(model: DecoderLM, prompt: list[int], draft: Draft, sampling: Sampli
     return speculate(model, [prompt], draft, 4, chooser, run.make_ends(1, Stop(20)))
 
 
-class Interrupted(Exception):
+class ConsumerError(Exception):
     pass
 
 
@@ -316,11 +316,11 @@ def test_the_model_is_as_it_was(ending: str) -> None:
     elif ending == "close":
         steps.close()
     elif ending == "throw":
-        with pytest.raises(Interrupted):
-            steps.throw(Interrupted())
+        with pytest.raises(ConsumerError):
+            steps.throw(ConsumerError())
     else:
         draft.propose = _interrupt  # type: ignore[method-assign]
-        with pytest.raises(Interrupted):
+        with pytest.raises(ConsumerError):
             list(steps)
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
@@ -333,7 +333,7 @@ def test_the_model_is_as_it_was(ending: str) -> None:
 
 
 def _interrupt(state: DecodeState, k: int) -> Proposal:
-    raise Interrupted
+    raise ConsumerError
 
 
 def test_the_consumer_is_not_in_inference_mode_between_steps() -> None:

@@ -72,8 +72,9 @@ class Transformers:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and no remarks of transformers on standard error."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging  # not typed
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

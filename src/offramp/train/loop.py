@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,50 +107,64 @@ def train(
     `settings` is all that determines the result (as JSON): a state written under others is
     refused.
     """
-    rank, world = _join_processes(task.model)
-    if config.num_shards % world:
-        raise ConfigError(
-            f"num_shards is {config.num_shards} for {world} processes; it must be a multiple"
-        )
-    optimizers = _optimizers(task.model, config)
     # How often to save and to look changes nothing in the result, so a resumed run may differ.
     ours = {k: v for k, v in asdict(config).items() if not k.endswith("_every")}
-    state, settings = out / "state.safetensors", {**settings, "train": ours}
-    first = load_state(state, task.model, optimizers, settings) if state.exists() else 0
-    began, tokens = time.monotonic(), 0.0
-    for step in range(first, config.steps):
-        lr = learning_rate(step, config.steps, config.lr, config.warmup_steps)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        sums = _sum_shards(task, step, range(rank, config.num_shards, world), config.num_shards)
-        _all_reduce(task.model, sums, world)
-        loss = sums["loss"] / sums["targets"]
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of step {step + 1} is {loss}; lower lr ({config.lr}) or raise "
-                f"warmup_steps ({config.warmup_steps}); the state in {out} is from before it"
+    settings = {**settings, "train": ours}
+    with _processes(task.model) as (rank, world):
+        if config.num_shards % world:
+            raise ConfigError(
+                f"num_shards is {config.num_shards} for {world} processes; it must be a multiple"
             )
-        norm = nn.utils.clip_grad_norm_(task.model.parameters(), config.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-        tokens += sums["tokens"]
-        pace = (time.monotonic() - began) / (step + 1 - first)
-        yield StepDone(
-            step=step + 1,
-            loss=loss,
-            grad_norm=float(norm),
-            lr=lr,
-            tokens_per_s=tokens / (time.monotonic() - began),
-            eta_s=pace * (config.steps - step - 1),
+        optimizers = _optimizers(task.model, config)
+        state = out / "state.safetensors"
+        first = load_state(state, task.model, optimizers, settings) if state.exists() else 0
+        began, tokens = time.monotonic(), 0.0
+        for step in range(first, config.steps):
+            sums, norm = _step(task, config, optimizers, step, rank, world)
+            tokens += sums["tokens"]
+            seconds = time.monotonic() - began
+            yield StepDone(
+                step=step + 1,
+                loss=sums["loss"] / sums["targets"],
+                grad_norm=norm,
+                lr=optimizers[0].param_groups[0]["lr"],
+                tokens_per_s=tokens / seconds,
+                eta_s=seconds / (step + 1 - first) * (config.steps - step - 1),
+            )
+            done = step + 1 == config.steps
+            if rank == 0 and (done or (step + 1) % config.checkpoint_every == 0):
+                save_state(state, task.model, optimizers, step + 1, settings)
+                yield Saved(step + 1, state)
+            if rank == 0 and (done or (step + 1) % config.evaluate_every == 0):
+                yield Evaluated(step + 1, task.evaluate())
+
+
+def _step(
+    task: Task,
+    config: TrainConfig,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    rank: int,
+    world: int,
+) -> tuple[dict[str, float], float]:
+    """Take one step; (the task's sums over all shards, the gradient's norm before clipping)."""
+    lr = learning_rate(step, config.steps, config.lr, config.warmup_steps)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    sums = _sum_shards(task, step, range(rank, config.num_shards, world), config.num_shards)
+    _all_reduce(task.model, sums, world)
+    loss = sums["loss"] / sums["targets"]
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss of step {step + 1} is {loss}; lower lr ({config.lr}) or raise "
+            f"warmup_steps ({config.warmup_steps}); the saved state is from before this step"
         )
-        done = step + 1 == config.steps
-        if rank == 0 and (done or (step + 1) % config.checkpoint_every == 0):
-            save_state(state, task.model, optimizers, step + 1, settings)
-            yield Saved(step + 1, state)
-        if rank == 0 and (done or (step + 1) % config.evaluate_every == 0):
-            yield Evaluated(step + 1, task.evaluate())
+    norm = nn.utils.clip_grad_norm_(task.model.parameters(), config.max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+    return sums, float(norm)
 
 
 def is_first_process() -> bool:
@@ -157,14 +172,21 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _join_processes(model: nn.Module) -> tuple[int, int]:
-    """(rank, world size) under torchrun, joining its process group; (0, 1) without."""
+@contextmanager
+def _processes(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """(rank, world size) in torchrun's process group, left again after; (0, 1) without torchrun."""
     if "WORLD_SIZE" not in os.environ or not dist.is_available():
-        return 0, 1
-    if not dist.is_initialized():
+        yield 0, 1
+        return
+    joined = not dist.is_initialized()
+    if joined:
         on_gpu = next(model.parameters()).is_cuda
         dist.init_process_group("nccl" if on_gpu else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        if joined:
+            dist.destroy_process_group()
 
 
 def _optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
