@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from toy import decoder
 
 from offramp.models.hub import save_decoder
 from offramp.tokenizer import train_bpe
+from toy import decoder
 
 TEXT = "the count opened the door and the countess closed the door. " * 4
 

@@ -9,7 +9,7 @@ import pytest
 
 import offramp
 from offramp import DraftOptions, InputError, Sampling, Stop
-from offramp.decoding.drafts import AdaptiveExitDraft, EarlyExitDraft, NoDraft
+from offramp.decoding.drafts import AdaptiveExitDraft, EarlyExitDraft, NoDraft, Proposal
 from offramp.models.hub import DraftDefaults
 
 PROMPTS = ["the count", "door and the countess closed", "o"]
@@ -53,9 +53,9 @@ def test_results_of_an_unfinished_run_are_refused(model):
 
 
 def test_early_exit_runs_no_layer_above(model):
-    made = model.generate(PROMPTS[0], exit_layer=2, stop=Stop(10))
+    made = model.generate(PROMPTS[0], early_exit=2, stop=Stop(10))
     assert made.stats.layer_calls == 2 * (1 + len(made.tokens))
-    whole = model.generate(PROMPTS[0], exit_layer=5, stop=Stop(10))
+    whole = model.generate(PROMPTS[0], early_exit=5, stop=Stop(10))
     assert whole.tokens == model.generate(PROMPTS[0], draft=PLAIN, stop=Stop(10)).tokens
 
 
@@ -64,7 +64,7 @@ def test_stats_of_plain_decoding(model):
     s = made.stats
     assert s.generated_tokens == len(made.tokens) == s.verify_calls
     assert s.first_layer_positions == s.prompt_tokens + s.generated_tokens - 1
-    assert s.acceptance_rate is None and s.mean_accepted_length == 1.0
+    assert s.acceptance_rate is None and s.mean_accepted_length is None
     assert s.tokens_per_s == pytest.approx(s.generated_tokens / s.seconds)
     assert 0 < s.ttft_s <= s.seconds
     assert s.to_dict()["drafted_tokens"] == 0
@@ -104,13 +104,16 @@ def test_text_is_cut_to_the_context(model):
         (lambda m: m.generate([[]]), "no tokens"),
         (lambda m: m.generate([300]), "not in the vocabulary"),
         (lambda m: m.generate([5] * 64), "context is 64"),
-        (lambda m: m.generate("a", exit_layer=0), "between 1 and 5"),
-        (lambda m: m.generate("a", exit_layer=6), "between 1 and 5"),
+        (lambda m: m.generate("a", early_exit=0), "between 1 and 5"),
+        (lambda m: m.generate("a", early_exit=6), "between 1 and 5"),
         (lambda m: m.generate("a", draft=DraftOptions("exit", exit_layer=5)), "between 1 and 4"),
         (lambda m: m.generate("a", draft=DraftOptions("exit", exit_layer=0)), "between 1 and 4"),
         (lambda m: DraftOptions("nonsense"), "allowed: exit"),
         (lambda m: DraftOptions(num_draft_tokens=0), "at least 1"),
         (lambda m: DraftOptions("model"), "go together"),
+        (lambda m: DraftOptions("ngram", exit_layer=2), "no use to draft 'ngram'"),
+        (lambda m: DraftOptions("adaptive", min_confidence=0.5), "no use to draft 'adaptive'"),
+        (lambda m: m.generate("a", early_exit=2, draft=PLAIN), "choose one"),
         (lambda m: Sampling(temperature=-1.0), "temperature is -1.0"),
         (lambda m: Stop(0), "max_tokens is 0"),
     ],
@@ -123,7 +126,7 @@ def test_bad_input_is_named(model, call, message):
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"device": "nonsense"}])
 def test_bad_load_options(checkpoint, options):
-    with pytest.raises(InputError, match="nonsense|int8"):
+    with pytest.raises(InputError, match=r"nonsense|int8"):
         offramp.load(checkpoint, **options)
 
 
@@ -138,3 +141,37 @@ def test_every_public_name_exists():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = offramp.nonsense
     assert replace(Sampling(), seed=3).seed == 3
+
+
+def test_a_batch_near_the_context_is_its_single_runs(model):
+    prompts = [list(range(5, 5 + 60)), [7, 8]]
+    both = model.generate(prompts, stop=Stop(12), draft=PLAIN)
+    single = [model.generate(p, stop=Stop(12), draft=PLAIN) for p in prompts]
+    assert [g.tokens for g in both] == [g.tokens for g in single]
+    assert len(both[0].tokens) <= 4
+
+
+class RepeatDraft:
+    """A draft of a user's own: the newest token again."""
+
+    watch: tuple[int, ...] = ()
+
+    def begin(self, state, prompt):
+        pass
+
+    def propose(self, state, k):
+        return Proposal(state.newest().repeat(1, k))
+
+    def observe(self, state, outcome):
+        pass
+
+    def keep(self, rows):
+        pass
+
+
+def test_a_draft_of_ones_own(model):
+    options = DraftOptions(RepeatDraft(), num_draft_tokens=3)
+    steps = list(model.stream(PROMPTS[0], draft=options, stop=Stop(12)))
+    plain = model.generate(PROMPTS[0], draft=PLAIN, stop=Stop(12))
+    assert tuple(t for s in steps for t in s.tokens) == plain.tokens
+    assert max(len(s.drafted) for s in steps) == 3

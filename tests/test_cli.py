@@ -34,7 +34,7 @@ def test_generate_json_has_events_and_stats(capsys, checkpoint):
     *steps, done = [json.loads(line) for line in out.splitlines()]
     assert status == 0
     assert {s["event"] for s in steps} == {"step"} and done["event"] == "done"
-    assert sum((s["tokens"] for s in steps), []) == done["tokens"]
+    assert [t for s in steps for t in s["tokens"]] == done["tokens"]
     assert done["stats"]["generated_tokens"] == len(done["tokens"])
 
 

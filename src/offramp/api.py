@@ -9,6 +9,7 @@ text. Thin by design: the work is in `decoding/`.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,24 +51,32 @@ class DraftOptions:
 
     kind: `exit` (lower layers, fixed), `adaptive` (exit and length chosen per round, plain
     decoding where drafting does not pay), `ngram` (look in the text so far), `model` (a smaller
-    checkpoint, `model`), `none` (plain decoding). None: `exit` where an exit layer is given or
-    recommended, else `adaptive`. min_confidence: with `exit`, stop a draft at a token less
-    probable than this.
+    checkpoint, `model`), `none` (plain decoding), or a `Draft` of your own. None: `exit` where
+    an exit layer is given or recommended, else `adaptive`. min_confidence: with `exit`, stop a
+    draft at a token less probable than this.
     """
 
-    kind: DraftKind | None = None
+    kind: DraftKind | Draft | None = None
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     min_confidence: float = 0.0
     model: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in DRAFTS:
+        if isinstance(self.kind, str) and self.kind not in DRAFTS:
             raise InputError(f"draft is {self.kind!r}; allowed: {', '.join(DRAFTS)}")
         if self.num_draft_tokens is not None and self.num_draft_tokens < 1:
             raise InputError(
                 f"num_draft_tokens is {self.num_draft_tokens}; it must be at least 1 "
                 "(plain decoding is draft 'none')"
+            )
+        if self.exit_layer is not None and self.kind not in (None, "exit", "adaptive"):
+            raise InputError(
+                f"an exit layer is of no use to draft {self.kind!r}; leave one of them out"
+            )
+        if self.min_confidence != 0.0 and self.kind not in (None, "exit"):
+            raise InputError(
+                f"min_confidence is of no use to draft {self.kind!r}; leave one of them out"
             )
         if (self.kind == "model") != (self.model is not None):
             raise InputError("draft 'model' and a draft model go together; give both or neither")
@@ -112,6 +121,7 @@ class Model:
         self.tower, self.tokenizer = tower, tokenizer
         self.defaults = defaults or hub.DraftDefaults()
         self._costs: RoundCosts | None = None
+        self._draft_towers: dict[str, Tower] = {}
 
     @property
     def config(self) -> DecoderConfig:
@@ -123,9 +133,9 @@ class Model:
         prompt: str | list[int],
         *,
         sampling: Sampling = ...,
-        draft: DraftOptions | Draft = ...,
+        draft: DraftOptions = ...,
         stop: Stop | None = ...,
-        exit_layer: int | None = ...,
+        early_exit: int | None = ...,
     ) -> Generation: ...
 
     @overload
@@ -134,9 +144,9 @@ class Model:
         prompt: list[str] | list[list[int]],
         *,
         sampling: Sampling = ...,
-        draft: DraftOptions | Draft = ...,
+        draft: DraftOptions = ...,
         stop: Stop | None = ...,
-        exit_layer: int | None = ...,
+        early_exit: int | None = ...,
     ) -> list[Generation]: ...
 
     def generate(
@@ -144,21 +154,21 @@ class Model:
         prompt: str | list[int] | list[str] | list[list[int]],
         *,
         sampling: Sampling = Sampling(),
-        draft: DraftOptions | Draft = DraftOptions(),
+        draft: DraftOptions = DraftOptions(),
         stop: Stop | None = None,
-        exit_layer: int | None = None,
+        early_exit: int | None = None,
     ) -> Generation | list[Generation]:
         """Text for one prompt, or for a list of prompts decoded as one batch.
 
         prompt: text or token ids. stop: default 256 tokens or the checkpoint's end of text.
-        exit_layer: leave the tower there for every token (early exit: faster, other text, no
-        drafting). Row i of a batch draws its own noise: in sampling, equal prompts in one batch
+        early_exit: leave the tower after this layer for every token: faster, another text, and
+        no drafting. Row i of a batch draws its own noise: in sampling, equal prompts in one batch
         give different texts. Raises InputError for an empty prompt or one that
         does not fit the context.
         """
-        one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
+        one = isinstance(prompt, str) or (len(prompt) > 0 and hasattr(prompt[0], "__index__"))
         prompts = [prompt] if one else list(prompt)
-        run = Run(self, prompts, sampling, draft, stop, exit_layer)  # type: ignore[arg-type]
+        run = Run(self, prompts, sampling, draft, stop, early_exit)  # type: ignore[arg-type]
         for _ in run:
             pass
         return run.generations[0] if one else run.generations
@@ -168,17 +178,17 @@ class Model:
         prompt: str | list[int],
         *,
         sampling: Sampling = Sampling(),
-        draft: DraftOptions | Draft = DraftOptions(),
+        draft: DraftOptions = DraftOptions(),
         stop: Stop | None = None,
-        exit_layer: int | None = None,
+        early_exit: int | None = None,
     ) -> Run:
         """The same for one prompt, as it comes: iterate for `Step`s, then `.generations[0]`."""
-        return Run(self, [prompt], sampling, draft, stop, exit_layer)
+        return Run(self, [prompt], sampling, draft, stop, early_exit)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked. InputError if there are none or one is out of range."""
         if not isinstance(prompt, str):
-            ids = list(prompt)
+            ids = [operator.index(i) for i in prompt]
         elif self.tokenizer is None:
             raise InputError("the model was loaded without a tokenizer; give token ids")
         elif not prompt:
@@ -196,25 +206,35 @@ class Model:
 
     def make_draft(self, options: DraftOptions) -> tuple[Draft, int]:
         """(draft, tokens per round at most) for `options`, with the checkpoint's defaults."""
-        L = self.config.num_layers
+        L, eos = self.config.num_layers, frozenset(self.config.eos_ids)
+        exit_layer = options.exit_layer or self.defaults.exit_layer
+        d = options.num_draft_tokens or self.defaults.num_draft_tokens or 6
+        fixed = exit_layer is not None or options.min_confidence != 0.0
+        kind = options.kind or ("exit" if fixed else "adaptive")
+        if not isinstance(kind, str):
+            return kind, d
         if options.exit_layer is not None:
             check_exit_layer(options.exit_layer, L)
-        d = options.num_draft_tokens or self.defaults.num_draft_tokens or 6
-        eos = frozenset(self.config.eos_ids)
-        known = options.exit_layer or self.defaults.exit_layer
-        kind = options.kind or ("exit" if known else "adaptive")
-        if kind == "exit" and L > 1:
-            return EarlyExitDraft(known or max(1, L // 3), L, options.min_confidence, eos), d
+        if kind == "exit":
+            chosen = exit_layer or max(1, L // 3)
+            return EarlyExitDraft(chosen, L, options.min_confidence, eos), d
         if kind == "adaptive" and L > 1:
             exits = [options.exit_layer] if options.exit_layer else candidate_exits(L)
-            return AdaptiveExitDraft(exits, L, self.costs(), eos), max(d, 8)
+            return AdaptiveExitDraft(exits, L, self.costs(), eos), options.num_draft_tokens or 8
         if kind == "ngram":
             return NGramDraft(), d
         if kind == "model":
-            assert options.model is not None
-            folder = hub.resolve(options.model)
-            return ModelDraft(hub.load_decoder(folder, self.tower.device, self.tower.dtype)), d
+            assert options.model is not None, "DraftOptions checks it"
+            return ModelDraft(self._draft_tower(options.model)), d
         return NoDraft(), 1
+
+    def _draft_tower(self, name: str) -> Tower:
+        """The draft model `name`, loaded once."""
+        if name not in self._draft_towers:
+            folder = hub.resolve(name)
+            loaded = hub.load_decoder(folder, self.tower.device, self.tower.dtype)
+            self._draft_towers[name] = loaded
+        return self._draft_towers[name]
 
     def costs(self) -> RoundCosts:
         """What rounds cost on this machine, measured once."""
@@ -236,28 +256,33 @@ class Run:
         model: Model,
         prompts: Sequence[str | list[int]],
         sampling: Sampling,
-        draft: DraftOptions | Draft,
+        draft: DraftOptions,
         stop: Stop | None,
-        exit_layer: int | None,
+        early_exit: int | None,
     ) -> None:
         if not prompts:
             raise InputError("there is no prompt; give at least one")
         self._model, self._prompts, self._sampling = model, prompts, sampling
         self._texts = [model.encode(p) for p in prompts]
-        self._stop = _stop_within_context(model, self._texts, stop)
+        self._stops = [_stop_within_context(model, text, stop) for text in self._texts]
         tower = model.tower
-        if exit_layer is not None:
-            tower, draft = TruncatedTower(tower, exit_layer), NoDraft()
+        if early_exit is not None:
+            if draft != DraftOptions():
+                raise InputError(
+                    f"early_exit {early_exit} leaves the tower for every token, and a draft was "
+                    "given too; choose one"
+                )
+            tower, draft = TruncatedTower(tower, early_exit), DraftOptions("none")
         self._trace = Trace(tower.config.num_layers)
         self._tower = TracedTower(tower, self._trace)
-        self._draft, self._k = (
-            model.make_draft(draft) if isinstance(draft, DraftOptions) else (draft, 8)
-        )
+        began = time.perf_counter()
+        self._draft, self._k = model.make_draft(draft)
+        # Measuring what rounds cost, for an adaptive draft, is part of this run's time.
+        self._seconds, self._ttft = time.perf_counter() - began, 0.0
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._text = [""] * len(prompts)
         self._reasons: list[FinishReason | None] = [None] * len(prompts)
         self._drafted = self._accepted = self._verify_calls = 0
-        self._seconds = self._ttft = 0.0
         self._steps = self._timed()
 
     def __iter__(self) -> Iterator[Step]:
@@ -316,21 +341,21 @@ class Run:
     def _decode(self) -> Iterator[Step]:
         tokenizer = self._model.tokenizer
         rows = range(len(self._texts))
-        streams = [None if tokenizer is None else TextStream(tokenizer) for _ in rows]
-        ends = [RowEnd(self._stop, stream) for stream in streams]
+        streams = [None if tokenizer is None else TextStream(tokenizer, t) for t in self._texts]
+        ends = [RowEnd(*pair) for pair in zip(self._stops, streams, strict=True)]
         size, device = self._tower.config.vocab_size, self._tower.device
         chooser = Chooser(self._sampling, self._texts, rows, size, device)
         return speculate(self._tower, self._texts, self._draft, self._k, chooser, ends)
 
 
-def _stop_within_context(model: Model, texts: Sequence[Sequence[int]], stop: Stop | None) -> Stop:
+def _stop_within_context(model: Model, text: Sequence[int], stop: Stop | None) -> Stop:
     """`stop` with the checkpoint's ends of text added and its length cut to the context."""
-    longest, limit = max(map(len, texts)), model.config.max_positions
-    if longest >= limit:
+    limit = model.config.max_positions
+    if len(text) >= limit:
         raise InputError(
-            f"the prompt has {longest} tokens and the model's context is {limit}; "
+            f"the prompt has {len(text)} tokens and the model's context is {limit}; "
             f"shorten it to at most {limit - 1}"
         )
     wanted = stop or Stop(max_tokens=256)
     ids = wanted.token_ids | frozenset(model.config.eos_ids)
-    return Stop(min(wanted.max_tokens, limit - longest), ids, wanted.strings)
+    return Stop(min(wanted.max_tokens, limit - len(text)), ids, wanted.strings)

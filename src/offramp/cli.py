@@ -77,7 +77,7 @@ def generate(
         sampling=sampling,
         draft=options,
         stop=ends,
-        exit_layer=early_exit,
+        early_exit=early_exit,
     )
     terminal.stream_json(run) if json else terminal.stream_text(run)
 
@@ -267,7 +267,10 @@ def info() -> None:
 def _piped() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError("there is no prompt; give one, or pipe text into standard input")
-    return sys.stdin.read().rstrip("\n")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text at byte {error.start}") from error
 
 
 def _set_threads(threads: int | None) -> None:

@@ -23,7 +23,8 @@ class DecodeStats:
     """Counts and times of one decoding run, over all rows of its batch.
 
     A call is one invocation of a layer, however many tokens it took; a position is one token
-    through one layer. `ttft_s`: time to the first token, prefill included.
+    through one layer. verify_calls: rounds, counted per row. `ttft_s`: time to the first token,
+    prefill included.
     """
 
     prompt_tokens: int
@@ -44,7 +45,7 @@ class DecodeStats:
 
     @property
     def mean_accepted_length(self) -> float | None:
-        return ratio(self.generated_tokens, self.verify_calls)
+        return ratio(self.generated_tokens, self.verify_calls) if self.drafted_tokens else None
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -77,14 +77,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, whole_tokens: Sequence[str]
 class TextStream:
     """Text of a growing token list. `push` returns what a token adds, `flush` what is left.
 
-    A token is decoded together with a few before it, for tokenizers whose text depends on what
-    came before; an unfinished character is held back.
+    A token is decoded together with a few before it, at first with the end of the `prompt`, for
+    tokenizers whose text depends on what came before (SentencePiece drops a leading space); an
+    unfinished character is held back.
     """
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._given = 0  # tokens whose text has been given out
+        self._tokens = list(prompt[-8:])
+        self._given = len(self._tokens)  # tokens whose text has been given out
         self._context = 0  # first token that is decoded again with the new ones
 
     def push(self, token: int) -> str:
@@ -92,7 +93,9 @@ class TextStream:
         text = self._new_text()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        self._context, self._given = self._given, len(self._tokens)
+        if text:  # a special token has none, and gives the next one no context
+            self._context = self._given
+        self._given = len(self._tokens)
         return text
 
     def flush(self) -> str:

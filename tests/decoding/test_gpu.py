@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from toy import decoder
 
 from offramp.api import DraftOptions, Model
 from offramp.decoding.drafts import DecodeState, EarlyExitDraft
 from offramp.decoding.sampling import Chooser, Sampling
 from offramp.decoding.stopping import Stop
 from offramp.nn.cache import KVCache
+from toy import decoder
 
 pytestmark = [
     pytest.mark.gpu,

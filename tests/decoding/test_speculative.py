@@ -49,7 +49,7 @@ def ragged(variant: str) -> tuple[DecoderLM, list[Stop], list[run.Row]]:
     (model, when each row ends, what it writes alone)."""
     model = run.model(seed=5, **toy.VARIANTS[variant])
     end = frozenset({run.plain(model, RAGGED[:1], Stop(5))[0].tokens[4]})
-    stops = [Stop(12, end), Stop(12), Stop(3, end)]
+    stops = [Stop(9, end), Stop(9), Stop(3, end)]
     return model, stops, run.plain(model, RAGGED, stops)
 
 
@@ -139,8 +139,8 @@ class Logged(TracedTower):
         return logits
 
 
-@pytest.mark.parametrize("exit_layer", [1, 3, 5])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("exit_layer", [1, 3])
+@pytest.mark.parametrize("seed", [0, 5])
 def test_in_bfloat16_texts_part_only_where_two_tokens_are_about_equal(
     seed: int, exit_layer: int
 ) -> None:
@@ -176,11 +176,11 @@ def test_no_layer_computes_a_position_twice(late: float, draft: str) -> None:
     model, prompts = run.model(late=late), [run.prompt(6)]
     source = DRAFTS[draft](run.model(late=late) if draft == "the same model" else model)
     tower, counts = TracedTower(model, Trace(LAYERS)), counted(model)
-    got = run.drafted(tower, prompts, source, 5, Stop(21))
+    got = run.drafted(tower, prompts, source, 5, Stop(14))
     refused = got.drafted - got.accepted
     # A text that ends in the middle of its draft ends with a token that was computed.
     ended_in_draft = got.steps[-1].accepted == len(got.steps[-1].tokens)
-    expected = 6 + 21 + refused - 1 + ended_in_draft
+    expected = 6 + 14 + refused - 1 + ended_in_draft
     assert counts == [expected] * LAYERS
     assert tower.trace.layer_positions == counts
 
@@ -254,7 +254,7 @@ class Watched:
 @pytest.mark.parametrize("variant", ["grouped heads", "sliding window"])
 def test_after_each_round_the_cache_is_that_of_the_text(variant: str, draft: str) -> None:
     model = run.model(**toy.VARIANTS[variant])
-    watched, stops = Watched(DRAFTS[draft](model)), [Stop(6), Stop(2), Stop(14)]
+    watched, stops = Watched(DRAFTS[draft](model)), [Stop(4), Stop(2), Stop(10)]
     got = run.drafted(model, RAGGED, watched, 3, stops)
     assert got.rows == run.plain(model, RAGGED, stops)
     assert {3, 1} <= set(watched.rounds), "rows have left on the way"

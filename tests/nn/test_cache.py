@@ -42,7 +42,8 @@ def append(cache: KVCache, new: torch.Tensor) -> tuple[KVSpan, torch.Tensor, tor
 
 def visible(span: KVSpan, keys: torch.Tensor, num_tokens: int) -> list[list[list[float]]]:
     B, _, S, _ = keys.shape
-    mask = torch.ones(1, 1, 1, S, dtype=torch.bool) if span.mask is None else span.mask
+    last = torch.arange(S - num_tokens, S)[:, None]
+    mask = torch.arange(S) <= last if span.mask is None else span.mask
     mask = mask.expand(B, 1, num_tokens, S)
     return [[keys[b, 0, mask[b, 0, t], 0].tolist() for t in range(num_tokens)] for b in range(B)]
 

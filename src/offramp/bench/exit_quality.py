@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.api import DraftOptions, Model, load
+from offramp.api import Model, load
 from offramp.bench.arms import Progress
 from offramp.bench.prompts import data_files
 from offramp.data import corpora
@@ -179,10 +179,5 @@ def _parse_exits(
 
 def _decode(model: Model, prompts: list[list[int]], exit_layer: int) -> list[str]:
     """What one batch writes, leaving the tower at `exit_layer`; with single spaces."""
-    made = model.generate(
-        prompts,
-        draft=DraftOptions("none"),
-        stop=Stop(_MAX_PARSE),
-        exit_layer=None if exit_layer == model.config.num_layers else exit_layer,
-    )
+    made = model.generate(prompts, stop=Stop(_MAX_PARSE), early_exit=exit_layer)
     return [" ".join(g.text.split()) for g in made]

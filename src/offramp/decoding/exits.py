@@ -1,9 +1,10 @@
 """Exit policies: where to leave the tower, and how far to draft before looking up again.
 
-`ExitSelector` is DEL's rule (arXiv 2504.05598): keep a running acceptance rate of every exit,
+`ExitSelector` follows DEL (arXiv 2504.05598): keep a running acceptance rate of every exit,
 expect 1 + a + a^2 + ... + a^d tokens from a round of d drafts, divide by what the round costs,
 take the best (exit, d). Plain decoding is the candidate with d = 0, so drafting stops where it
-does not pay.
+does not pay. Unlike DEL, costs are measured rather than counted in layers, all exits are
+compared every few rounds rather than in each, and there is no confidence stop inside a draft.
 """
 
 from __future__ import annotations
@@ -115,11 +116,14 @@ class ExitSelector:
         L = self._num_layers
         best, best_rate = (0, 0), self._margin / self._costs.round(L, 0, 0)
         for exit_layer in self._matches:
-            a, expected, power = self.acceptance(exit_layer), 1.0, 1.0
+            a, expected, power, last = self.acceptance(exit_layer), 1.0, 1.0, 0.0
             for n in range(1, limit + 1):
                 power *= a
                 expected += power
                 rate = expected / self._costs.round(L, exit_layer, n)
+                if rate < last:
+                    break  # a concave gain over a linear cost: past its peak it only falls
+                last = rate
                 if rate > best_rate:
                     best, best_rate = (exit_layer, n), rate
         return best

@@ -86,7 +86,9 @@ class Chooser:
             x = _penalise(x, self._seen_by_column(x.shape[1], drafted), s.repetition_penalty)
         if s.temperature == 0.0:
             return x.argmax(-1)
-        x = keep_top(x / s.temperature, s.top_k, s.top_p)
+        # Less its maximum, so that a tiny temperature gives -inf, never +inf.
+        x = (x - x.amax(-1, keepdim=True)) / s.temperature
+        x = keep_top(x, s.top_k, s.top_p)
         return (x + self._gumbel(positions, x.shape[1])).argmax(-1)
 
     def commit(self, row: int, tokens: Sequence[int], length: int) -> None:

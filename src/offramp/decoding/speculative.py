@@ -73,7 +73,8 @@ def speculate(
                 exit_layer=proposal.exit_layer or None,
                 finish_reason=ends[row].reason,
             )
-        cache.truncate([n - 1 for n in state.lengths()])
+        if proposal.tokens.shape[1]:
+            cache.truncate([n - 1 for n in state.lengths()])
         draft.observe(state, Outcome([len(d) for d in drafted], accepted, matches))
         stay = [b for b, row in enumerate(rows) if ends[row].reason is None]
         if stay and len(stay) < len(rows):
@@ -100,12 +101,17 @@ def _prefill(state: DecodeState, watch: tuple[int, ...]) -> Outcome:
     ends = upload([[n - count + i for i in range(count)] for n in before], h.device)
     rows = torch.arange(len(before), device=h.device)[:, None]
     positions = [n - count + 1 for n in before]
-    chosen = {
-        e: state.chooser.choose(state.tower.logits(x[rows, ends], e), positions, None)
-        for e, x in hidden.items()
-    }
-    tower = chosen.pop(state.tower.config.num_layers)
-    return Outcome([], [], {e: (int((c == tower).sum()), c.numel()) for e, c in chosen.items()})
+    last = torch.stack([*hidden.values()])[:, rows, ends]
+    chosen = torch.stack(
+        [
+            state.chooser.choose(state.tower.logits(x, e), positions, None)
+            for e, x in zip(hidden, last, strict=True)
+        ]
+    )
+    matches = (chosen == chosen[-1]).sum((1, 2)).tolist()
+    trials = chosen[-1].numel()
+    pairs = [*zip(hidden, matches, strict=True)][:-1]  # the last is the tower itself
+    return Outcome([], [], {e: (n, trials) for e, n in pairs})
 
 
 def _verify(
@@ -116,7 +122,8 @@ def _verify(
     The choices are those after the newest token and after each of the n drafted ones.
     """
     tower, exit_layer = state.tower, proposal.exit_layer
-    tokens = torch.cat((state.newest(), proposal.tokens), dim=1)
+    plain = proposal.tokens.shape[1] == 0  # then the few operations below that idle would show
+    tokens = state.newest() if plain else torch.cat((state.newest(), proposal.tokens), dim=1)
     if proposal.hidden is None:
         h = tower.embed(tokens)
     else:
@@ -129,8 +136,10 @@ def _verify(
         for e, x in hidden.items()
     }
     # One transfer for all of it: the only time in a round that the host waits for the device.
-    drafted, *rest_ = torch.stack([F.pad(proposal.tokens, (0, 1)), *choices.values()]).tolist()
-    chosen = dict(zip(choices, rest_, strict=True))
+    read = [*choices.values()] if plain else [F.pad(proposal.tokens, (0, 1)), *choices.values()]
+    answers = torch.stack(read).tolist() if len(read) > 1 else [read[0].tolist()]
+    drafted = [[] for _ in state.texts] if plain else answers.pop(0)
+    chosen = dict(zip(choices, answers, strict=True))
     drafted = [row[: proposal.length(b)] for b, row in enumerate(drafted)]
     return drafted, chosen.pop(tower.config.num_layers), chosen
 

@@ -76,7 +76,8 @@ class DecoderLM(nn.Module):
             cos, sin = cos[None, span.start[0] :, None], sin[None, span.start[0] :, None]
         else:
             cos, sin = cos[span.positions][:, :, None], sin[span.positions][:, :, None]
-        view = View(cos, sin, span.mask, causal=False)
+        causal = span.mask is None and h.shape[1] > 1
+        view = View(cos, sin, span.mask, causal)
         for i in range(start, stop):
             h = self.layers[i](h, view, partial(cache.append, i, span=span))
         return h

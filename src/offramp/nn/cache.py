@@ -35,6 +35,7 @@ class KVCache:
         self._values = torch.zeros(shape, device=device, dtype=dtype)
         self._window = config.sliding_window
         self._lengths: list[tuple[int, ...]] = [(0,) * batch_size] * config.num_layers
+        self._last_span: KVSpan | None = None  # a run that is stopped and resumed asks again
 
     @property
     def capacity(self) -> int:
@@ -60,7 +61,11 @@ class KVCache:
                 f"the cache holds {self.capacity} positions and {max(lengths) + num_tokens} are "
                 "needed; allocate a larger cache or shorten the prompt"
             )
-        return KVSpan.of(lengths, num_tokens, self._keys.device, self._window)
+        last = self._last_span
+        if last is None or last.start != lengths or last.stop[0] - last.start[0] != num_tokens:
+            last = KVSpan.of(lengths, num_tokens, self._keys.device, self._window)
+            self._last_span = last
+        return last
 
     def append(
         self, layer: int, keys: Tensor, values: Tensor, span: KVSpan
@@ -113,7 +118,7 @@ class KVSpan:
     total: int  # keys that the longest row sees
     positions: Tensor | None  # [B, T] where rows differ, None where all start at start[0]
     index: tuple[Tensor, Tensor] | None  # (rows [B, 1], positions [B, T]) to write at, likewise
-    mask: Tensor | None  # [B or 1, 1, T, total], True = may see; None: every token sees all
+    mask: Tensor | None  # [B or 1, 1, T, total], True = may see; None: token t sees up to itself
 
     @staticmethod
     def of(
@@ -122,7 +127,9 @@ class KVSpan:
         start, stop = lengths, tuple(n + num_tokens for n in lengths)
         total = max(stop)
         uniform = all(n == start[0] for n in start)
-        if uniform and num_tokens == 1 and (window is None or total <= window):
+        all_in_window = window is None or total <= window
+        # One token, or the first ones of a text: attention knows these cases without a mask.
+        if uniform and all_in_window and (num_tokens == 1 or start[0] == 0):
             return KVSpan(start, stop, total, None, None, None)
         if uniform:
             positions = torch.arange(start[0], stop[0], device=device)[None]
