@@ -22,5 +22,5 @@ recipe = TextRecipe(
         curriculum=ExitCurriculum("gradual"),
         distill=0.3,
     ),
-    train=TrainConfig(steps=1800, lr=2e-3, warmup_steps=50, optimizer="muon"),
+    train=TrainConfig(steps=1300, lr=2e-3, warmup_steps=50, optimizer="muon"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -35,12 +36,34 @@ def test_settings_survive_json(changes: dict[str, Any]) -> None:
         ({"vocab_size": None}, "vocab_size is None"),
         ({"num_heads": 5}, "num_heads 5 is not a multiple of num_kv_heads 2"),
         ({"head_dim": 7}, "head_dim is 7; rotary positions need an even number"),
+        ({"num_layers": True}, "num_layers is True"),
+        ({"rope_theta": math.nan}, "rope_theta is nan; it must be a number greater than 0"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0"),
+        ({"norm_eps": "1"}, "norm_eps is '1'"),
+        ({"tied_embeddings": 1}, "tied_embeddings is 1; it must be true or false"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"bos_id": -1}, "bos_id is -1; it must be a whole number of at least 0"),
+        ({"eos_ids": 1}, "eos_ids is 1; it must be a list of token ids"),
+        ({"eos_ids": (1, "2")}, "eos_ids is '2'"),
+        ({"rope_scaling": 5}, "rope_scaling is 5; it must be a RopeScaling or None"),
     ],
     ids=str,
 )
 def test_impossible_shapes_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         toy.config(**changes)
+
+
+def test_impossible_rope_scaling_is_refused() -> None:
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        for value in (None, 0.0, math.nan, math.inf):
+            with pytest.raises(ConfigError, match=f"{name} is {value}; it must be a number"):
+                dataclasses.replace(SCALING, **{name: value})
+    with pytest.raises(ConfigError, match=r"original_max_positions is 1\.5"):
+        dataclasses.replace(SCALING, original_max_positions=1.5)
+    with pytest.raises(ConfigError, match=r"high_freq_factor is 1\.0; it must be greater"):
+        dataclasses.replace(SCALING, high_freq_factor=1.0)
 
 
 def test_unknown_and_missing_settings_are_named() -> None:

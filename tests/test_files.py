@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,54 @@ def test_leftovers_of_a_killed_process_with_our_number_are_no_obstacle(tmp_path:
         temporary.mkdir()
         (temporary / "new").touch()
     assert names(tmp_path) == ["model", "new"]
+
+
+def a_dead_process() -> int:
+    """The number of a process that has ended."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_leftovers_go_with_their_process(tmp_path: Path) -> None:
+    path, dead, alive = tmp_path / "model", a_dead_process(), os.getppid()
+    path.mkdir()
+    for name in (f".model.{dead}.tmp", f".model.{dead}.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "junk").touch()
+    others = [f".model.{alive}.tmp", f".other.{dead}.tmp", ".model.tmp", f".model.{dead}.txt"]
+    for name in others:
+        (tmp_path / name).touch()
+    with replacing(path) as temporary:
+        temporary.mkdir()
+    assert names(tmp_path) == sorted(["model", *others])
+
+
+def test_an_old_folder_whose_successor_never_came_goes_back(tmp_path: Path) -> None:
+    path, old = tmp_path / "model", tmp_path / f".model.{a_dead_process()}.old"
+    old.mkdir()
+    (old / "part").touch()
+    with pytest.raises(KeyError), replacing(path):
+        raise KeyError
+    assert names(tmp_path) == ["model", "part"]
+
+
+def test_a_swap_that_fails_half_way_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename = tmp_path / "model", Path.rename
+    path.mkdir()
+    (path / "part").touch()
+
+    def fail_for_the_new(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(InputError, match="Input/output error"), replacing(path) as temporary:
+        temporary.mkdir()
+    assert names(tmp_path) == ["model", "part"]
 
 
 def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:

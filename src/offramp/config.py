@@ -7,6 +7,8 @@ from and to Hugging Face's `config.json` is in `models/hub.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -24,6 +26,19 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+
+    def __post_init__(self) -> None:
+        check_positive(
+            factor=self.factor,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+        )
+        check_counts(1, original_max_positions=self.original_max_positions)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"high_freq_factor is {self.high_freq_factor}; it must be greater than "
+                f"low_freq_factor, {self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,10 +67,23 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*sizes, "d_ff", "max_positions"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        check_counts(1, **{n: getattr(self, n) for n in (*sizes, "d_ff", "max_positions")})
+        check_positive(rope_theta=self.rope_theta, norm_eps=self.norm_eps)
+        for name in ("tied_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        if self.sliding_window is not None:
+            check_counts(1, sliding_window=self.sliding_window)
+        if self.bos_id is not None:
+            check_counts(0, bos_id=self.bos_id)
+        if not isinstance(self.eos_ids, tuple):
+            raise ConfigError(f"eos_ids is {self.eos_ids!r}; it must be a list of token ids")
+        for eos in self.eos_ids:
+            check_counts(0, eos_ids=eos)
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ConfigError(
+                f"rope_scaling is {self.rope_scaling!r}; it must be a RopeScaling or None"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
@@ -70,9 +98,38 @@ class DecoderConfig:
         values = dict(values)
         if isinstance(values.get("rope_scaling"), Mapping):
             values["rope_scaling"] = strict(RopeScaling, values["rope_scaling"])
-        if "eos_ids" in values:
+        if isinstance(values.get("eos_ids"), list):
             values["eos_ids"] = tuple(values["eos_ids"])
         return strict(cls, values)
+
+
+def check_counts(least: int, **values: Any) -> None:
+    """ConfigError, by name, unless all `values` are whole numbers of at least `least`."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def check_positive(**values: Any) -> None:
+    """ConfigError, by name, unless all `values` are finite numbers greater than 0."""
+    for name, value in values.items():
+        if not _is_finite(value) or not value > 0:
+            raise ConfigError(f"{name} is {value!r}; it must be a number greater than 0")
+
+
+def check_range(least: float, below: float = math.inf, **values: Any) -> None:
+    """ConfigError, by name, unless all `values` are finite numbers in [least, below)."""
+    for name, value in values.items():
+        if not _is_finite(value) or not least <= value < below:
+            limit = "" if below == math.inf else f" and less than {below}"
+            raise ConfigError(
+                f"{name} is {value!r}; it must be a number of at least {least}{limit}"
+            )
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # not so for NaN
 
 
 def strict(cls: type[T], values: Mapping[str, Any]) -> T:

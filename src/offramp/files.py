@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ from offramp.errors import InputError
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it takes `path`'s place, else it goes.
 
-    Works for a file and for a folder (an existing folder is swapped out, then removed).
+    Works for a file and for a folder (an existing folder is swapped out, then removed). What
+    killed processes left beside `path` is cleared away.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)  # of a killed process: in a container they all have the same number
+        _clear_leftovers(path)
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror}; choose a folder you may write to"
@@ -31,10 +33,13 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         if path.is_dir() and temporary.is_dir():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            _remove(old)
             path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
+            try:
+                temporary.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # the new one is in its place, come what may
         else:
             temporary.replace(path)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
@@ -44,6 +49,34 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         _remove(temporary)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what dead processes left; an old folder whose successor never came goes back.
+
+    Our own number counts as dead: in a container all processes have the same.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.(tmp|old)")
+    for leftover in list(path.parent.iterdir()):
+        match = pattern.fullmatch(leftover.name)
+        if match is None or (int(match[1]) != os.getpid() and _is_alive(int(match[1]))):
+            continue
+        if match[2] == "old" and not path.exists():
+            leftover.rename(path)
+        else:
+            _remove(leftover)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # signal 0 would end the process there; rather leave a file too many
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def _remove(path: Path) -> None:

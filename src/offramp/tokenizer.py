@@ -50,6 +50,10 @@ class TextTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """All that determines the tokenizer, as text."""
+        return self._tokenizer.to_str()
+
     def save(self, path: Path) -> None:
         self._tokenizer.save(str(path))
 

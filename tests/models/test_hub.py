@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 import toy
@@ -19,7 +22,7 @@ from offramp.models import hub
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_config import from_hf, to_hf
 from offramp.nn.cache import KVCache
-from offramp.tokenizer import train_bpe
+from offramp.tokenizer import BOS, EOS, PAD, TextTokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 
@@ -251,8 +254,32 @@ def one_line(error: pytest.ExceptionInfo[OfframpError]) -> bool:
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "use_sliding_window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
         ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
-        ({"num_hidden_layers": "5"}, "num_layers is '5'; it must be a whole number"),
+        ({"num_hidden_layers": "5"}, "num_hidden_layers is '5'; it must be a whole number"),
         ({"head_dim": 7}, "head_dim is 7"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
+        ({"num_attention_heads": None}, "num_attention_heads is None"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"rope_parameters": None, "rope_theta": None}, "rope_theta is None; it must be a number"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta is 'big'"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; it must be an object"),
+        ({"rope_parameters": None, "rope_scaling": 5}, "rope_scaling is 5; it must be an object"),
+        ({"rope_parameters": {**LLAMA3, "factor": None}}, "factor is None; it must be a number"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "must be greater than low_freq"),
+        (
+            {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 1.5}},
+            "original_max_position_embeddings is 1.5; it must be a whole number",
+        ),
+        ({"eos_token_id": 1.5}, "eos_token_id is 1.5; it must be a whole number of at least 0"),
+        ({"eos_token_id": "a"}, "eos_token_id is 'a'"),
+        ({"eos_token_id": [1, None]}, "eos_token_id is None"),
+        ({"bos_token_id": "a"}, "bos_id is 'a'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None; it must be a number greater than 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+        ({"quantization_config": "int4"}, r"quantised \(int4\)"),
+        ({"layer_types": 5}, "layer_types is 5; it must be a list"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
     ],
     ids=lambda x: "" if isinstance(x, str) else ", ".join(x),
 )
@@ -270,6 +297,23 @@ def test_a_config_that_lacks_a_size_is_refused_by_name(key: str, tmp_path: Path)
     del raw[key]
     with pytest.raises(ConfigError, match=f"lacks '{key}'"):
         from_hf(raw)
+
+
+def test_generation_config_adds_tokens_that_end_a_text(saved: Callable, tmp_path: Path) -> None:
+    """As transformers' generate stops at them."""
+    folder = llama(tmp_path / "m", eos_token_id=[5, 2])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    model = hub.load_decoder(folder)
+    assert model.config.eos_ids == (5, 2, 7)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert set(theirs.eos_token_id) <= set(model.config.eos_ids)
+    hub.save_decoder(model, tmp_path / "again")
+    assert hub.load_config(tmp_path / "again").eos_ids == (5, 2, 7)
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert hub.load_config(folder).eos_ids == (5, 2)
+    (folder / "generation_config.json").write_text('{"eos_token_id": "end"}')
+    with pytest.raises(ConfigError, match="eos_token_id is 'end'"):
+        hub.load_decoder(folder)
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -298,6 +342,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         r"pickled weights \(.bin, .pt\) are not read",
     ),
+    **{
+        f"index holds {index}": (
+            lambda f, index=index: (
+                (f / "model.safetensors").unlink(),
+                (f / "model.safetensors.index.json").write_text(index),
+            ),
+            "model.safetensors.index.json has no weight_map",
+        )
+        for index in ("{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}')
+    },
     "missing tensor": (lambda f: edit(f, lambda t: t.pop(K)), f"lacks the tensor {K}"),
     "no head": (lambda f: edit(f, lambda t: t.pop("lm_head.weight")), "lacks .* lm_head.weight"),
     "extra tensor": (
@@ -367,11 +421,74 @@ def test_a_folder_holds_tokenizer_defaults_and_further_files(tmp_path: Path) -> 
     assert (folder / "README.md").read_text(encoding="utf-8") == "Rose é\n"
     fast = transformers.AutoTokenizer.from_pretrained(folder)
     assert fast("a rose").input_ids == tokenizer.encode("a rose")
-    (folder / "offramp.json").write_text('{"exit": 2}')
-    with pytest.raises(ConfigError, match="no setting exit; allowed: exit_layer"):
-        hub.load_defaults(folder)
+    assert (fast.bos_token, fast.eos_token, fast.pad_token) == (BOS, EOS, PAD)
     (folder / "offramp.json").unlink()
     assert hub.load_defaults(folder) == hub.DraftDefaults()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"exit": 2}', "no setting exit; allowed: exit_layer"),
+        ('{"exit_layer": "2"}', "exit_layer is '2'; it must be a whole number of at least 1"),
+        ('{"exit_layer": 2.0}', "exit_layer is 2.0"),
+        ('{"exit_layer": true}', "exit_layer is True"),
+        ('{"exit_layer": 0}', "exit_layer is 0"),
+        ('{"exit_layer": 5}', "exit_layer is 5; it must be less than 5"),
+        ('{"num_draft_tokens": -1}', "num_draft_tokens is -1"),
+        ('{"num_draft_tokens": 128}', "num_draft_tokens is 128; it must be less than 128"),
+        ("[]", "no JSON object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_defaults_that_do_not_fit_the_model_are_refused(
+    text: str, says: str, tmp_path: Path
+) -> None:
+    folder = llama(tmp_path / "m")
+    (folder / "offramp.json").write_text(text)
+    with pytest.raises(CheckpointError, match=says) as error:
+        hub.load_defaults(folder)
+    assert one_line(error)
+    assert str(folder / "offramp.json") in str(error.value)
+
+
+def test_a_tokenizer_names_only_the_special_tokens_it_has(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, EOS: 1}, unk_token="a"))
+    hub.save_decoder(toy.decoder(), tmp_path / "m", TextTokenizer(tokenizer))
+    raw = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert {name for name in raw if name.endswith("_token")} == {"eos_token"}
+
+
+def test_saving_keeps_what_tune_found_where_it_fits(tmp_path: Path) -> None:
+    folder, found = tmp_path / "m", hub.DraftDefaults(exit_layer=3, num_draft_tokens=4)
+    hub.save_decoder(toy.decoder(), folder, defaults=found)
+    hub.save_decoder(toy.decoder(seed=1), folder)
+    assert hub.load_defaults(folder) == found
+    hub.save_decoder(toy.decoder(), folder, defaults=hub.DraftDefaults(exit_layer=1))
+    assert hub.load_defaults(folder) == hub.DraftDefaults(exit_layer=1)
+    hub.save_decoder(toy.decoder(num_layers=2), folder)
+    assert hub.load_defaults(folder) == hub.DraftDefaults()
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "diary.txt").touch()
+    with pytest.raises(CheckpointError, match=r"home holds files and is no checkpoint"):
+        hub.save_decoder(toy.decoder(), folder)
+    assert [p.name for p in tmp_path.rglob("*")] == ["home", "diary.txt"]
+    (folder / "diary.txt").unlink()
+    hub.save_decoder(toy.decoder(), folder)
+    assert hub.load_decoder(folder)
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        hub.save_decoder(toy.decoder(), tmp_path / "m", train_bpe(["a rose"], 270, []))
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()} == {0o644}
 
 
 def test_saving_again_replaces_the_whole_folder(tmp_path: Path) -> None:

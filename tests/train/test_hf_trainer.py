@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from offramp.data.batching import TokenBatch
+from offramp.data.batching import IGNORE, TokenBatch
 from offramp.errors import ConfigError
 from offramp.models.hub import load_decoder, save_decoder
 from offramp.nn.layer_dropout import draw_survivors
 from offramp.tokenizer import BOS, EOS, PAD, train_bpe
 from offramp.train.hf_trainer import LayerSkip, exit_loss, layerskip
 from offramp.train.layerskip import LayerSkipConfig, LayerSkipTask
-from offramp.train.losses import IGNORE, ExitHead, early_exit_loss
+from offramp.train.losses import ExitHead, early_exit_loss
 from offramp.train.schedules import ExitCurriculum
 from toy import randomize
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -140,10 +141,14 @@ def test_exit_nll_is_the_cross_entropy_of_every_exit_over_all_batches() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"p_max": 1.0}, "p_max is 1.0; it must be at least 0 and less than 1"),
+        ({"p_max": 1.0}, "p_max is 1.0; it must be a number of at least 0 and less than 1"),
         ({"p_max": -0.1}, "p_max is -0.1"),
         ({"dropout_schedule": "linear"}, "'linear'; allowed: constant, exp"),
-        ({"early_exit_scale": -1.0}, "early_exit_scale is -1.0; it must not be negative"),
+        ({"early_exit_scale": -1.0}, "early_exit_scale is -1.0; it must be a number of at l"),
+        ({"early_exit_scale": math.nan}, "early_exit_scale is nan"),
+        ({"early_exit_scale": math.inf}, "early_exit_scale is inf"),
+        ({"p_max": math.nan}, "p_max is nan"),
+        ({"distill": math.nan}, "distill is nan"),
         ({"distill": 1.5}, "distill is 1.5; it must lie between 0 and 1"),
     ],
     ids=str,

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from offramp.data.batching import TokenBatch
 from offramp.errors import CheckpointError, ConfigError, InputError
 from offramp.train import checkpoint
 from offramp.train.layerskip import LayerSkipConfig, LayerSkipTask
-from offramp.train.loop import Evaluated, Saved, StepDone, TrainConfig, train
+from offramp.train.loop import Evaluated, Saved, StepDone, TrainConfig, process_device, train
 from offramp.train.schedules import ExitCurriculum
 
 STEPS = 8
@@ -205,6 +206,51 @@ def test_a_corrupt_state_is_refused(stopped: Path) -> None:
     refused(stopped, "cannot resume from .*; delete it to start anew")
 
 
+def test_a_flipped_byte_anywhere_is_noticed(stopped: Path) -> None:
+    state = stopped / "state.safetensors"
+    whole, task = state.read_bytes(), ToyTask()
+    before = {name: p.clone() for name, p in bits(task).items()}
+    for at in [*range(0, 4000, 97), *range(4000, len(whole), 9973), len(whole) - 1]:
+        state.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        refused(stopped, "cannot resume from ", task)
+    assert same(bits(task), before), "a refused state changes nothing"
+
+
+def rewrite(state: Path, change: Callable[[dict[str, Tensor], dict[str, str]], object]) -> None:
+    """Change tensors and metadata of a state, and sign it anew."""
+    with safe_open(str(state), framework="pt") as file:
+        meta = file.metadata()
+    tensors = load_file(state)
+    change(tensors, meta)
+    save_file(tensors, state, {**meta, "sha256": checkpoint._digest(tensors, meta)})
+
+
+CHANGES: dict[str, Callable[[dict[str, Tensor], dict[str, str]], object]] = {
+    "an optimizer tensor less": lambda t, _: t.pop("optimizer0.3.exp_avg"),
+    "a step less": lambda t, _: t.pop("optimizer0.0.step"),
+    "a weight less": lambda t, _: t.pop("model.norm.weight"),
+    "an index more": lambda t, _: t.update({"optimizer0.99.exp_avg": torch.ones(1)}),
+    "an optimizer more": lambda t, _: t.update({"optimizer1.0.exp_avg": torch.ones(1)}),
+    "no index": lambda t, _: t.update({"optimizer0.x.exp_avg": torch.ones(1)}),
+    "another shape": lambda t, _: t.update({"optimizer0.0.exp_avg": torch.ones(1)}),
+    "weights of a new run": lambda _, meta: meta.update(step="0"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_state_holds_just_the_tensors_of_model_and_optimizer(
+    stopped: Path, change: Callable[[dict[str, Tensor], dict[str, str]], object]
+) -> None:
+    rewrite(stopped / "state.safetensors", change)
+    refused(stopped, "it is of another model or optimizer .*; delete it to start anew")
+
+
+@pytest.mark.parametrize("changes", [{"step": "many"}, {"step": "-3"}, {"settings": "{"}], ids=str)
+def test_step_and_settings_that_make_no_sense_are_refused(stopped: Path, changes: dict) -> None:
+    rewrite(stopped / "state.safetensors", lambda _, meta: meta.update(changes))
+    refused(stopped, "it is damaged")
+
+
 def test_another_file_is_refused(stopped: Path) -> None:
     save_file({"a": torch.ones(1)}, stopped / "state.safetensors")
     refused(stopped, "it is no training state; choose another output folder")
@@ -321,20 +367,59 @@ def one_of_two(out: Path) -> None:
     ("changes", "says"),
     [
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; allowed: adamw, muon"),
-        ({"num_shards": 0}, "num_shards is 0; it must be at least 1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"lr": 0.0}, r"lr is 0\.0; it must be a number greater than 0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"num_shards": 0}, "num_shards is 0; it must be a whole number of at least 1"),
+        ({"num_shards": 1.0}, r"num_shards is 1\.0; it must be a whole number"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; it must be a whole number of at least 0"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0; it must be greater than 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm is nan"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0\.1; it must be a number of at least 0"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
+        ({"betas": (0.9,)}, r"betas is \(0\.9,\); it must be two numbers"),
+        (
+            {"betas": (0.9, 1.0)},
+            r"betas is 1\.0; it must be .* less than 1",
+        ),
+        ({"betas": (math.nan, 0.9)}, "betas is nan"),
+        ({"betas": ("a", 0.9)}, "betas is 'a'"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
         ({"evaluate_every": -1}, "evaluate_every is -1"),
-        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"seed": -1}, "seed is -1; it must be a whole number of at least 0"),
     ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         settings_of(**changes)
-    with pytest.raises(ConfigError, match=r"lr is 0\.0; it must be greater than 0"):
-        TrainConfig(steps=1, lr=0.0)
-    with pytest.raises(ConfigError, match="steps is 0"):
-        TrainConfig(steps=0, lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "local_rank", "becomes"),
+    [
+        ("cuda", "1", "cuda:1"),
+        ("cuda", None, "cuda"),
+        ("cuda:0", "1", "cuda:0"),
+        ("cpu", "1", "cpu"),
+    ],
+)
+def test_under_torchrun_each_process_has_its_own_gpu(
+    name: str, local_rank: str | None, becomes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert process_device(name) == torch.device(becomes)
+    assert current == ([torch.device(becomes)] if ":" in becomes else [])
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match=r"'cuda:2', and torch sees 2 .*use cuda:0 to cuda:1"):
+        process_device("cuda")
 
 
 if __name__ == "__main__":

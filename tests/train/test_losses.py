@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import toy
+from offramp.data.batching import IGNORE
 from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.layers import RMSNorm
 from offramp.train.layerskip import forward_exits
-from offramp.train.losses import IGNORE, ExitHead, early_exit_backward, early_exit_loss
+from offramp.train.losses import ExitHead, early_exit_backward, early_exit_loss
 
 L, B, T, SCALE = 5, 3, 7, 0.37
 WEIGHTS: dict[str, dict[int, float]] = {

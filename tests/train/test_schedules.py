@@ -117,7 +117,7 @@ def test_all_and_last_do_not_change_over_time() -> None:
 def test_unknown_curricula_are_refused() -> None:
     with pytest.raises(ConfigError, match="'random'; allowed: rotational, gradual, all, last"):
         ExitCurriculum("random")
-    with pytest.raises(ConfigError, match="period is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match="period is 0; it must be a whole number of at least 1"):
         ExitCurriculum(period=0)
 
 

@@ -10,6 +10,7 @@ only promises the same distribution.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class Chooser:
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but `rows`."""
         self._rows = [self._rows[r] for r in rows]
+        self._noise = {k: noise for k, noise in self._noise.items() if k[0] in self._rows}
         if self._seen is not None:
             self._seen = self._seen[list(rows)]
 
@@ -125,9 +127,11 @@ class Chooser:
     def _noise_at(self, row: int, position: int) -> Tensor:
         key = (row, position)
         if key not in self._noise:
-            # Mixed so that neighbouring rows and positions do not share a generator's seed.
-            mixed = (self._sampling.seed * 0x9E3779B1 + row * 0x85EBCA77 + position) * 0xC2B2AE3D
-            generator = torch.Generator(self._device).manual_seed(mixed % (1 << 63))
+            # A hash, because a CPU generator reads only 32 bits of its seed: no sum or product
+            # of the three would keep their combinations apart.
+            name = f"{self._sampling.seed} {row} {position}".encode()
+            mixed = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big")
+            generator = torch.Generator(self._device).manual_seed(mixed)
             noise = torch.empty(self._vocab_size, device=self._device)
             self._noise[key] = -noise.exponential_(generator=generator).log()
         return self._noise[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from offramp.config import DecoderConfig, RopeScaling
+from offramp.config import DecoderConfig, RopeScaling, check_counts, check_positive
 from offramp.errors import ConfigError
 
 FAMILIES = {
@@ -23,40 +23,49 @@ FAMILIES = {
 def from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """The tower that `raw`, a parsed config.json, describes; ConfigError: we do not have it."""
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(
             f"model_type is {family!r}; supported: {', '.join(FAMILIES)} "
             "(Llama 2/3/3.1/3.2 and CodeLlama are 'llama')"
         )
     _refuse(raw, family)
-    attention_bias = bool(raw.get("attention_bias", False))
-    eos = raw.get("eos_token_id")
+    attention_bias = _flag(raw, "attention_bias")
     try:
+        width, heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
         return DecoderConfig(
-            vocab_size=raw["vocab_size"],
-            d_model=raw["hidden_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            d_ff=raw["intermediate_size"],
-            max_positions=raw["max_position_embeddings"],
-            rope_theta=float(_rope(raw).get("rope_theta", 10_000.0)),
+            vocab_size=_count(raw, "vocab_size"),
+            d_model=width,
+            num_layers=_count(raw, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=_count(raw, "num_key_value_heads", heads),
+            head_dim=_count(raw, "head_dim", width // heads),
+            d_ff=_count(raw, "intermediate_size"),
+            max_positions=_count(raw, "max_position_embeddings"),
+            rope_theta=_positive(_rope(raw), "rope_theta"),
             rope_scaling=_rope_scaling(raw),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            norm_eps=_positive({"rms_norm_eps": 1e-6, **raw}, "rms_norm_eps"),
+            tied_embeddings=_flag(raw, "tie_word_embeddings"),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias and family != "qwen2",
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            mlp_bias=_flag(raw, "mlp_bias"),
             qk_norm=family == "qwen3",
             sliding_window=raw.get("sliding_window") if family == "mistral" else None,
             bos_id=raw.get("bos_token_id"),
-            eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            eos_ids=eos_ids(raw),
         )
     except KeyError as error:
         raise ConfigError(
             f"config.json of model_type {family!r} lacks {error.args[0]!r}; fetch the file anew"
         ) from error
+
+
+def eos_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a text by `raw`, a parsed config.json or generation_config.json."""
+    value = raw.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        check_counts(0, eos_token_id=token)
+    return tuple(ids)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -102,9 +111,33 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     return raw
 
 
-def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    old = {"rope_theta": raw.get("rope_theta", 10_000.0), **(raw.get("rope_scaling") or {})}
-    return raw.get("rope_parameters") or old
+def _count(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """The size at `key`; `default`, if there is one, where it is null or missing."""
+    if default is not None and raw.get(key) is None:
+        return default
+    check_counts(1, **{key: raw[key]})
+    return int(raw[key])
+
+
+def _positive(raw: Mapping[str, Any], key: str) -> float:
+    check_positive(**{key: raw[key]})
+    return float(raw[key])
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value not in (None, True, False):
+        raise ConfigError(f"{key} is {value!r}; it must be true or false")
+    return bool(value)
+
+
+def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of either spelling, `rope_theta` among them."""
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    settings = raw.get(key) or {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{key} is {settings!r}; it must be an object of settings")
+    return {"rope_theta": raw.get("rope_theta", 10_000.0), **settings}
 
 
 def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
@@ -115,10 +148,10 @@ def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
     if kind != "llama3":
         raise ConfigError(f"rope scaling is {kind!r}; supported: default, llama3")
     return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
+        factor=_positive(rope, "factor"),
+        low_freq_factor=_positive(rope, "low_freq_factor"),
+        high_freq_factor=_positive(rope, "high_freq_factor"),
+        original_max_positions=_count(rope, "original_max_position_embeddings"),
     )
 
 
@@ -126,8 +159,9 @@ def _refuse(raw: Mapping[str, Any], family: str) -> None:
     """ConfigError for settings of a supported family that our layers do not have."""
     if raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act is {raw['hidden_act']!r}; supported: silu")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantised := raw.get("quantization_config"):
+        known = isinstance(quantised, Mapping)
+        method = quantised.get("quant_method", "unknown") if known else quantised
         raise ConfigError(
             f"the checkpoint is quantised ({method}); supported: fp32, bf16 and fp16 weights"
         )
@@ -136,7 +170,10 @@ def _refuse(raw: Mapping[str, Any], family: str) -> None:
         or _rope(raw).get("partial_rotary_factor", 1.0) != 1.0
     ):
         raise ConfigError("partial_rotary_factor is not 1; supported: full rotary positions")
-    sliding = "sliding_attention" in (raw.get("layer_types") or ())
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ConfigError(f"layer_types is {kinds!r}; it must be a list, one entry per layer")
+    sliding = "sliding_attention" in kinds
     if family.startswith("qwen") and (raw.get("use_sliding_window") or sliding):
         raise ConfigError(
             "use_sliding_window is on; supported for qwen2 and qwen3: full attention in every layer"

@@ -7,9 +7,11 @@ Fused matrices are split on saving, so transformers loads what we save.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from offramp.config import DecoderConfig, strict
-from offramp.errors import CheckpointError
+from offramp.config import DecoderConfig, check_counts, strict
+from offramp.errors import CheckpointError, ConfigError
 from offramp.files import replacing
 from offramp.models.decoder_lm import DecoderLM
-from offramp.models.hf_config import from_hf, to_hf
-from offramp.tokenizer import TextTokenizer
+from offramp.models.hf_config import eos_ids, from_hf, to_hf
+from offramp.tokenizer import BOS, EOS, PAD, TextTokenizer
 
 _PACKAGED = Path(__file__).parent.parent / "checkpoints"
 SHIPPED = {"lm-tiny": _PACKAGED / "lm-tiny", "parse-tiny": _PACKAGED / "parse-tiny"}
@@ -72,12 +74,43 @@ def resolve(name: str) -> Path:
 
 
 def load_config(folder: Path) -> DecoderConfig:
-    return from_hf(_read_json(folder / "config.json"))
+    """The tower in `folder`; generation_config.json may name further tokens that end a text."""
+    config = from_hf(_read_json(folder / "config.json"))
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return config
+    both = (*config.eos_ids, *eos_ids(_read_json(path)))
+    return replace(config, eos_ids=tuple(dict.fromkeys(both)))
 
 
 def load_defaults(folder: Path) -> DraftDefaults:
+    """What offramp.json in `folder` says; CheckpointError: it does not fit the tower there."""
     path = folder / "offramp.json"
-    return strict(DraftDefaults, _read_json(path)) if path.exists() else DraftDefaults()
+    if not path.exists():
+        return DraftDefaults()
+    config = load_config(folder)
+    limits = {"exit_layer": config.num_layers, "num_draft_tokens": config.max_positions}
+    try:
+        defaults = strict(DraftDefaults, _read_json(path))
+        for name, value in asdict(defaults).items():
+            if value is not None:
+                check_counts(1, **{name: value})
+                if value >= limits[name]:
+                    raise ConfigError(f"{name} is {value}; it must be less than {limits[name]}")
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path}: {error}; delete the file (offramp tune writes a new one)"
+        ) from error
+    return defaults
+
+
+def weights_sha256(folder: Path) -> str:
+    """Tells whether the weights in `folder` are still the same."""
+    digest = hashlib.sha256()
+    for path in _weight_files(folder):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load_decoder(
@@ -97,8 +130,10 @@ def load_decoder(
         ]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         state[name] = tensor.to(device=device, dtype=dtype)
-    ignored = ("rotary_emb.inv_freq", "lm_head.weight" if config.tied_embeddings else " ")
-    if left := [name for name in theirs if not name.endswith(ignored)]:
+    ignored = ["rotary_emb.inv_freq"]
+    if config.tied_embeddings:
+        ignored.append("lm_head.weight")  # the embedding once more
+    if left := [name for name in theirs if not name.endswith(tuple(ignored))]:
         raise CheckpointError(
             f"{folder} holds {len(left)} tensors that config.json does not explain "
             f"(first: {left[0]}); the files are not of one checkpoint"
@@ -118,10 +153,12 @@ def save_decoder(
 ) -> None:
     """Write a folder that `load_decoder` and transformers load; whole or not at all.
 
-    dtype: of the stored weights (default: as they are). files: name -> text of further files,
-    such as README.md.
+    defaults None: what offramp.json in `folder` says now, where it fits. dtype: of the stored
+    weights (default: as they are). files: name -> text of further files, such as README.md.
     """
+    check_target(folder)
     config = model.config
+    defaults = defaults or _present_defaults(folder, config)
     theirs: dict[str, Tensor] = {}
     for name, p in model.state_dict().items():
         names, rows = zip(*_their_rows(name, len(p), config), strict=True)
@@ -132,15 +169,43 @@ def save_decoder(
     with replacing(folder) as temporary:
         temporary.mkdir()
         save_file(theirs, temporary / "model.safetensors", {"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        _write_json(temporary / "config.json", raw)
+        # safetensors lets only the owner read, whatever the umask.
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         if tokenizer is not None:
             tokenizer.save(temporary / "tokenizer.json")
-            special = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**9}
-            (temporary / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+            _write_json(temporary / "tokenizer_config.json", _tokenizer_config(tokenizer))
         if defaults is not None:
-            (temporary / "offramp.json").write_text(json.dumps(asdict(defaults), indent=2) + "\n")
+            _write_json(temporary / "offramp.json", asdict(defaults))
         for name, text in (files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
+
+
+def check_target(folder: Path) -> None:
+    """CheckpointError if `folder` holds something that a checkpoint must not replace."""
+    if folder.is_dir() and not (folder / "config.json").exists() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} holds files and is no checkpoint (it has no config.json); "
+            "choose a new or empty folder"
+        )
+
+
+def _present_defaults(folder: Path, config: DecoderConfig) -> DraftDefaults | None:
+    """What offramp.json in `folder` says now; None: nothing, or not for such a tower."""
+    if not (folder / "offramp.json").exists():
+        return None
+    return load_defaults(folder) if load_config(folder).num_layers == config.num_layers else None
+
+
+def _tokenizer_config(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What AutoTokenizer needs beside tokenizer.json."""
+    names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    special = {name: t for name, t in names.items() if tokenizer.token_id(t) is not None}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 10**9,
+        **special,
+    }
 
 
 def _their_rows(name: str, rows: int, config: DecoderConfig) -> list[tuple[str, int]]:
@@ -188,7 +253,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        shards = _read_json(index).get("weight_map", {})
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise CheckpointError(
+                f"{index} has no weight_map from tensors to files; fetch the checkpoint anew"
+            )
         return [folder / shard for shard in sorted(set(shards.values()))]
     raise CheckpointError(
         f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
@@ -206,6 +275,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object; fetch it anew")
     return value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _download(name: str) -> Path:

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from offramp.data.batching import IGNORE
 from offramp.errors import ConfigError
 from offramp.models.hf_config import FAMILIES
 from offramp.nn.layer_dropout import draw_survivors, run_survivors, time_factor
 from offramp.train.layerskip import LayerSkipConfig
-from offramp.train.losses import IGNORE
 from offramp.train.schedules import exit_weights
 
 if TYPE_CHECKING:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from offramp.data.batching import TokenBatches
+from offramp.config import check_range
+from offramp.data.batching import IGNORE, TokenBatches
 from offramp.errors import ConfigError
 from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.layer_dropout import TIME_SCHEDULES, draw_survivors, run_survivors, time_factor
-from offramp.train.losses import IGNORE, ExitHead, early_exit_backward
+from offramp.train.losses import ExitHead, early_exit_backward
 from offramp.train.schedules import ExitCurriculum, exit_weights
 
 
@@ -36,16 +37,12 @@ class LayerSkipConfig:
     distill: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.p_max < 1.0:
-            raise ConfigError(f"p_max is {self.p_max}; it must be at least 0 and less than 1")
+        check_range(0, 1, p_max=self.p_max)
+        check_range(0, early_exit_scale=self.early_exit_scale)
         if self.dropout_schedule not in TIME_SCHEDULES:
             raise ConfigError(
                 f"dropout_schedule is {self.dropout_schedule!r}; "
                 f"allowed: {', '.join(TIME_SCHEDULES)}"
-            )
-        if self.early_exit_scale < 0.0:
-            raise ConfigError(
-                f"early_exit_scale is {self.early_exit_scale}; it must not be negative"
             )
         if not 0.0 <= self.distill <= 1.0:
             raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")

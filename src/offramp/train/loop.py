@@ -2,9 +2,9 @@
 
 A task adds a shard's gradients; the loop sums them over shards and processes, steps the
 optimizers, saves its state and yields what happened. Gradients are summed by one explicit
-all-reduce after the backward pass rather than by DistributedDataParallel: the early-exit loss
-runs several backward passes and a dropped layer has no gradient, both of which DDP's hooks
-forbid. Launch several processes with torchrun.
+all-reduce after the backward pass rather than by DistributedDataParallel, whose hooks wait for
+autograd to deliver every gradient: the early-exit loss writes the head's straight into `.grad`,
+and a dropped layer has none. Launch several processes with torchrun.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from offramp.config import check_counts, check_positive, check_range
 from offramp.errors import ConfigError, TrainingError
+from offramp.nn.device import choose_device
 from offramp.train.checkpoint import load_state, save_state
 from offramp.train.schedules import learning_rate
 
 OPTIMIZERS = ("adamw", "muon")
+STATE_FILE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer is {self.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}")
-        for name in ("steps", "num_shards", "checkpoint_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
-        if self.lr <= 0.0:
-            raise ConfigError(f"lr is {self.lr}; it must be greater than 0")
+        counts = ("steps", "num_shards", "checkpoint_every", "evaluate_every")
+        check_counts(1, **{name: getattr(self, name) for name in counts})
+        check_counts(0, seed=self.seed, warmup_steps=self.warmup_steps)
+        check_positive(lr=self.lr)
+        if not self.max_grad_norm > 0.0:
+            raise ConfigError(f"max_grad_norm is {self.max_grad_norm}; it must be greater than 0")
+        check_range(0, weight_decay=self.weight_decay)
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas is {self.betas}; it must be two numbers")
+        for beta in self.betas:
+            check_range(0, 1, betas=beta)
 
 
 class Task(Protocol):
@@ -102,7 +109,7 @@ TrainEvent = StepDone | Evaluated | Saved
 def train(
     task: Task, config: TrainConfig, out: Path, settings: Mapping[str, Any]
 ) -> Iterator[TrainEvent]:
-    """Run or resume; yields events, on every process. State lies in `out`/state.safetensors.
+    """Run or resume; yields events, on every process. State lies in `out`/`STATE_FILE`.
 
     `settings` is all that determines the result (as JSON): a state written under others is
     refused.
@@ -116,7 +123,7 @@ def train(
                 f"num_shards is {config.num_shards} for {world} processes; it must be a multiple"
             )
         optimizers = _optimizers(task.model, config)
-        state = out / "state.safetensors"
+        state = out / STATE_FILE
         first = load_state(state, task.model, optimizers, settings) if state.exists() else 0
         began, tokens = time.monotonic(), 0.0
         for step in range(first, config.steps):
@@ -170,6 +177,15 @@ def _step(
 def is_first_process() -> bool:
     """Whether this is the process that writes files and shows progress (rank 0)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def process_device(name: str) -> torch.device:
+    """The device called `name`; under torchrun `cuda` is this process's own GPU."""
+    local = os.environ.get("LOCAL_RANK")
+    device = choose_device(f"cuda:{local}" if name == "cuda" and local is not None else name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL and new tensors go
+    return device
 
 
 @contextmanager

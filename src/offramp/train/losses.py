@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100  # a target without loss: prompt, padding
+from offramp.data.batching import IGNORE
 
 
 @dataclass(frozen=True)

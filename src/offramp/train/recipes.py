@@ -36,7 +36,10 @@ def load_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
         found = runpy.run_path(str(path)).get("recipe")
     except SyntaxError as error:
         raise ConfigError(f"{path} line {error.lineno} is not Python: {error.msg}") from error
-    if not dataclasses.is_dataclass(found) or not hasattr(found, "run"):
+    except Exception as error:  # whatever the file does
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{path} cannot be loaded: {reason}; mend the recipe") from error
+    if isinstance(found, type) or not dataclasses.is_dataclass(found) or not hasattr(found, "run"):
         raise ConfigError(f"{path} defines no `recipe`; see docs/how-to/add-a-recipe.md")
     for key, value in overrides.items():
         found = _override(found, key, value)
@@ -45,9 +48,10 @@ def load_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
 
 def _override(settings: Any, key: str, text: str) -> Any:
     """`settings` with the value at `key` replaced: `lr`, or `train.lr` where `lr` is not unique."""
-    places = [p for p in _paths(settings) if p == key or p.endswith(f".{key}")]
+    paths = _paths(settings)
+    places = [p for p in paths if p == key] or [p for p in paths if p.endswith(f".{key}")]
     if len(places) != 1:
-        known = places or sorted(p for p in _paths(settings))
+        known = places or sorted(paths)
         problem = "is not unique" if places else "is not one of the recipe's settings"
         raise ConfigError(f"{key} {problem}; choose from {', '.join(known)}")
     return _replace(settings, places[0].split("."), key, text)
@@ -75,13 +79,11 @@ def _parse(key: str, text: str, old: Any) -> Any:
     if isinstance(old, str) or (dataclasses.is_dataclass(old) and key == "model"):
         return text
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text, parse_int=float if isinstance(old, float) else int)
+    except ValueError:
         value = text
     if isinstance(old, tuple) and isinstance(value, list):
         return tuple(value)
-    if isinstance(old, float) and type(value) is int:
-        return float(value)
     if type(value) is not type(old) and old is not None:
         raise ConfigError(
             f"{key} is {text!r}; it must be of the kind of its present value, {old!r}"

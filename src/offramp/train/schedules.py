@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from offramp.config import check_counts
 from offramp.errors import ConfigError
 
 CURRICULA = ("rotational", "gradual", "all", "last")
@@ -30,8 +31,7 @@ class ExitCurriculum:
     def __post_init__(self) -> None:
         if self.kind not in CURRICULA:
             raise ConfigError(f"exit curriculum is {self.kind!r}; allowed: {', '.join(CURRICULA)}")
-        if self.period < 1:
-            raise ConfigError(f"exit curriculum period is {self.period}; it must be at least 1")
+        check_counts(1, period=self.period)
 
     def enabled(self, step: int, total_steps: int, num_layers: int) -> list[int]:
         """Layers whose exit has a loss at `step`, in rising order."""

@@ -6,6 +6,7 @@ builds the task and drives `train/loop.py`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offramp.config import DecoderConfig
+from offramp.config import DecoderConfig, check_counts
 from offramp.data import corpora
 from offramp.data.batching import PromptCompletions, TokenBatch, TokenWindows, windows
 from offramp.errors import ConfigError
@@ -23,7 +24,15 @@ from offramp.models.decoder_lm import DecoderLM
 from offramp.tokenizer import BOS, EOS, PAD, TextTokenizer, train_bpe
 from offramp.train.evaluation import exit_nll
 from offramp.train.layerskip import LayerSkipConfig, LayerSkipTask
-from offramp.train.loop import TrainConfig, TrainEvent, is_first_process, train
+from offramp.train.loop import (
+    STATE_FILE,
+    StepDone,
+    TrainConfig,
+    TrainEvent,
+    is_first_process,
+    process_device,
+    train,
+)
 
 CORPORA = ("books", "top")
 
@@ -32,9 +41,10 @@ CORPORA = ("books", "top")
 class TextRecipe:
     """One training run of a decoder on text.
 
-    model: the tower's shape, or a checkpoint (folder or name) to start from, whose tokenizer is
-    kept. corpus: `books` (windows of `seq_len` tokens) or `top` (utterance -> parse pairs, loss
-    on the parse). autocast: "bf16" for mixed precision, or "none".
+    model: the tower's shape (a tokenizer of its `vocab_size` is made), or a checkpoint (folder
+    or name) to start from, whose tokenizer is kept. corpus: `books` (windows of `seq_len`
+    tokens) or `top` (utterance -> parse pairs, loss on the parse). autocast: "bf16" for mixed
+    precision, or "none".
     """
 
     name: str
@@ -44,7 +54,6 @@ class TextRecipe:
     train: TrainConfig
     layerskip: LayerSkipConfig = field(default_factory=LayerSkipConfig)
     seq_len: int = 256
-    vocab_size: int = 2048
     autocast: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -52,28 +61,60 @@ class TextRecipe:
             raise ConfigError(f"corpus is {self.corpus!r}; allowed: {', '.join(CORPORA)}")
         if self.autocast not in ("bf16", "none"):
             raise ConfigError(f"autocast is {self.autocast!r}; allowed: bf16, none")
+        check_counts(1, batch_size=self.batch_size, seq_len=self.seq_len)
+        if isinstance(self.model, DecoderConfig):
+            self._check_seq_len(self.model)
+
+    def _check_seq_len(self, config: DecoderConfig) -> None:
+        if self.corpus == "books" and self.seq_len > config.max_positions:
+            raise ConfigError(
+                f"seq_len is {self.seq_len}; it must be at most the model's max_positions, "
+                f"{config.max_positions}"
+            )
 
     def run(self, out: Path, device: str = "cpu") -> Iterator[TrainEvent]:
         """Train or resume in `out`; at the end its `checkpoint` folder holds the model."""
-        tokenizer, model = self._start(device)
+        folder = out / "checkpoint"
+        hub.check_target(folder)  # before the training, not after it
+        tokenizer, model, start = self._start(process_device(device))
         task = TextTask(self, model, tokenizer)
-        yield from train(task, self.train, out, asdict(self))
-        if is_first_process():
-            hub.save_decoder(model, out / "checkpoint", tokenizer, dtype=torch.float16)
+        settings = asdict(self) | {
+            "start weights": start,
+            "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
+            "training data": task.data_sha256,
+        }
+        trained = False
+        for event in train(task, self.train, out, settings):
+            trained = trained or isinstance(event, StepDone)
+            yield event
+        if is_first_process() and (trained or not _is_saved(folder, out / STATE_FILE)):
+            hub.save_decoder(model, folder, tokenizer, dtype=torch.float16)
 
-    def _start(self, device: str) -> tuple[TextTokenizer, DecoderLM]:
+    def _start(self, device: torch.device) -> tuple[TextTokenizer, DecoderLM, str | None]:
+        """(tokenizer, model, sha256 of the weights it starts from)."""
         if isinstance(self.model, str):
             folder = hub.resolve(self.model)
+            self._check_seq_len(hub.load_config(folder))
             model = hub.load_decoder(folder, device).requires_grad_(True).train()
-            return TextTokenizer.load(folder / "tokenizer.json"), model
-        tokenizer = tiny_tokenizer(self.vocab_size)
-        model = DecoderLM(self.model).to(device)
-        model.init_weights(self.train.seed)
-        return tokenizer, model
+            tokenizer = TextTokenizer.load(folder / "tokenizer.json")
+            start = hub.weights_sha256(folder)
+        else:
+            tokenizer, start = tiny_tokenizer(self.model.vocab_size), None
+            model = DecoderLM(self.model).to(device)
+            model.init_weights(self.train.seed)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ConfigError(
+                f"vocab_size is {model.config.vocab_size}, and the tokenizer needs at least "
+                f"{tokenizer.vocab_size}; raise the model's vocab_size"
+            )
+        return tokenizer, model, start
 
 
 class TextTask(LayerSkipTask):
-    """LayerSkip training on a recipe's corpus, evaluated on its dev split at every exit."""
+    """LayerSkip training on a recipe's corpus, evaluated on its dev split at every exit.
+
+    data_sha256: tells whether the training tokens are still the same.
+    """
 
     def __init__(self, recipe: TextRecipe, model: DecoderLM, tokenizer: TextTokenizer) -> None:
         seed, size = recipe.train.seed, recipe.batch_size
@@ -81,6 +122,7 @@ class TextTask(LayerSkipTask):
         self._bytes_per_target = math.nan
         if recipe.corpus == "books":
             stream, _ = book_tokens(tokenizer, "train")
+            self.data_sha256 = hashlib.sha256(stream.tobytes()).hexdigest()
             batches: TokenWindows | PromptCompletions = TokenWindows(
                 stream, recipe.seq_len, size, seed
             )
@@ -90,6 +132,7 @@ class TextTask(LayerSkipTask):
         else:
             pad = _special(tokenizer, PAD)
             pairs = parse_pairs(tokenizer, corpora.top("train") + corpora.topv2("train"))
+            self.data_sha256 = hashlib.sha256(repr(pairs).encode()).hexdigest()
             batches = PromptCompletions(pairs, size, pad, seed)
             held = parse_pairs(tokenizer, [p for p in corpora.top("dev") if p.supported][:512])
             some = PromptCompletions(held, size, pad, seed)
@@ -110,6 +153,12 @@ class TextTask(LayerSkipTask):
             return {f"nll@{i}": s / count for i, s in enumerate(sums, 1)}
         num_bytes = count * self._bytes_per_target
         return {f"bpb@{i}": s / math.log(2) / num_bytes for i, s in enumerate(sums, 1)}
+
+
+def _is_saved(checkpoint: Path, state: Path) -> bool:
+    """Whether `checkpoint` was written after the run's last `state`, so not by an earlier run."""
+    weights = checkpoint / "model.safetensors"
+    return weights.exists() and weights.stat().st_mtime >= state.stat().st_mtime
 
 
 def tiny_tokenizer(vocab_size: int) -> TextTokenizer:
