@@ -73,8 +73,7 @@ def speculate(
                 exit_layer=proposal.exit_layer or None,
                 finish_reason=ends[row].reason,
             )
-        if proposal.tokens.shape[1]:
-            cache.truncate([n - 1 for n in state.lengths()])
+        cache.truncate([n - 1 for n in state.lengths()])
         draft.observe(state, Outcome([len(d) for d in drafted], accepted, matches))
         stay = [b for b, row in enumerate(rows) if ends[row].reason is None]
         if stay and len(stay) < len(rows):
@@ -122,8 +121,7 @@ def _verify(
     The choices are those after the newest token and after each of the n drafted ones.
     """
     tower, exit_layer = state.tower, proposal.exit_layer
-    plain = proposal.tokens.shape[1] == 0  # then the few operations below that idle would show
-    tokens = state.newest() if plain else torch.cat((state.newest(), proposal.tokens), dim=1)
+    tokens = torch.cat((state.newest(), proposal.tokens), dim=1)
     if proposal.hidden is None:
         h = tower.embed(tokens)
     else:
@@ -136,11 +134,9 @@ def _verify(
         for e, x in hidden.items()
     }
     # One transfer for all of it: the only time in a round that the host waits for the device.
-    read = [*choices.values()] if plain else [F.pad(proposal.tokens, (0, 1)), *choices.values()]
-    answers = torch.stack(read).tolist() if len(read) > 1 else [read[0].tolist()]
-    drafted = [[] for _ in state.texts] if plain else answers.pop(0)
-    chosen = dict(zip(choices, answers, strict=True))
-    drafted = [row[: proposal.length(b)] for b, row in enumerate(drafted)]
+    read = torch.stack([F.pad(proposal.tokens, (0, 1)), *choices.values()]).tolist()
+    drafted = [row[: proposal.length(b)] for b, row in enumerate(read[0])]
+    chosen = dict(zip(choices, read[1:], strict=True))
     return drafted, chosen.pop(tower.config.num_layers), chosen
 
 
