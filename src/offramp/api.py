@@ -35,6 +35,7 @@ from offramp.decoding.stopping import RowEnd, Stop
 from offramp.energy.trace import Trace
 from offramp.errors import InputError
 from offramp.models import hub
+from offramp.nn.device import choose_device
 from offramp.nn.tower import Tower, TracedTower, TruncatedTower
 from offramp.results import DecodeStats, FinishReason, Generation, Step
 from offramp.tokenizer import TextStream, TextTokenizer
@@ -94,19 +95,9 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     folder = hub.resolve(str(model))
-    tower = hub.load_decoder(folder, _device(device), DTYPES[dtype])
+    tower = hub.load_decoder(folder, choose_device(device), DTYPES[dtype])
     text = TextTokenizer.load(folder / "tokenizer.json") if tokenizer else None
     return Model(tower, text, hub.load_defaults(folder))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device is {name!r}; give cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {name!r}, and torch sees no CUDA device; use cpu")
-    return device
 
 
 class Model:
