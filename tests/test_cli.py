@@ -70,6 +70,7 @@ def test_the_prompt_may_come_from_standard_input(checkpoint):
         (["train", "{recipe}", "--set", "steps=0"], "steps is 0"),
         (["train", "{recipe}", "--set", "lr=fast"], "lr is 'fast'"),
         (["eval", "exits", "--model", "{toy}", "--data", "no-such-file.txt"], "no-such-file.txt"),
+        (["eval", "exits", "--model", "{toy}", "--json", "no/such/folder.json"], "no/such"),
         (["fetch", "no-such-corpus"], "no-such-corpus"),
     ],
 )

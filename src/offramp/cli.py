@@ -133,6 +133,7 @@ def exits(
     from offramp import terminal
     from offramp.bench.exit_quality import ExitQualityOptions, run
 
+    terminal.check_writable(json)
     _set_threads(threads)
     with terminal.progress(f"exits of {model}") as tell:
         report = run(model, ExitQualityOptions(data, limit, only or None, device), tell)
@@ -166,6 +167,7 @@ def tune(
     from offramp.bench.tune import TuneOptions, run
     from offramp.models.hub import resolve
 
+    terminal.check_writable(json)
     _set_threads(threads)
     options = TuneOptions(data, prompts=prompts, rounds=rounds, device=device, dtype=dtype)
     with terminal.progress(f"tuning {model}") as tell:
@@ -202,6 +204,7 @@ def layerskip(
     from offramp import terminal
     from offramp.bench.layerskip import LayerSkipOptions, run
 
+    terminal.check_writable(json)
     _set_threads(threads)
     options = LayerSkipOptions(
         exit_layer,

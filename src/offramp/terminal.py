@@ -7,6 +7,7 @@ standard error, so that output can be piped.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from offramp.errors import InputError
 from offramp.files import replacing
 from offramp.results import DecodeStats, Step
 
@@ -48,6 +50,16 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on one line."""
     print(json.dumps(value), flush=True)
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuse a place that cannot be written to before the work, not after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give a file's name")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: {path.parent} is no folder you may write to")
 
 
 def write_json(path: Path | None, value: Mapping[str, Any]) -> None:
