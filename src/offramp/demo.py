@@ -24,10 +24,11 @@ def run() -> None:
     """Print the demonstration; OfframpError if the two texts differ."""
     parser = load("parse-tiny")
     _warm_up(parser)
-    terminal.out.print(
-        "[green]drafted by the lower layers and accepted[/]  [red strike]drafted and refused[/]  "
-        "[bold]chosen by the whole tower[/]\n"
-    )
+    if terminal.out.is_terminal:
+        terminal.out.print(
+            "[green]drafted by the lower layers and accepted[/]  "
+            "[red strike]drafted and refused[/]  [bold]chosen by the whole tower[/]\n"
+        )
     for utterance in UTTERANCES:
         _show(parser, "parse-tiny", parse_prompt(utterance), 128)
     _show(load("lm-tiny"), "lm-tiny", BEGINNING, 60)

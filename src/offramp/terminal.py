@@ -108,7 +108,7 @@ def _coloured(model: Model, step: Step) -> Text:
     shown.append(model.tokenizer.decode(kept), style="green")
     if not own:
         return shown
-    if refused:
+    if refused and out.is_terminal:  # without colours they would read as text
         shown.append(model.tokenizer.decode(refused).strip(), style="red strike")
     shown.append(model.tokenizer.decode(own), style="bold")
     return shown
