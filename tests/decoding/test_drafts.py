@@ -171,9 +171,10 @@ def test_drafting_goes_deep_where_an_exit_is_perfect(rows: int) -> None:
     prompts = [run.prompt(9, row) for row in range(rows)]
     draft = AdaptiveExitDraft([1, 2, 3], LAYERS, COSTS)
     got = run.drafted(model, prompts, draft, 8, Stop(60))
-    assert {s.exit_layer for s in got.steps if s.drafted} == {2}, "the cheapest of the perfect"
-    assert got.accepted == got.drafted
-    assert len(got.steps) <= rows * 12
+    later = got.steps[6 * rows :]  # first the cheapest exit is tried, as nothing is known
+    assert {s.exit_layer for s in later if s.drafted} == {2}, "the cheapest of the perfect"
+    assert got.accepted > 0.8 * got.drafted
+    assert len(got.steps) <= rows * 15  # of 60 tokens; some rounds go into finding the exit
     assert max(len(s.drafted) for s in got.steps) == 8
 
 
@@ -204,10 +205,11 @@ def adaptive(state: DecodeState, rights: dict[int, int]) -> AdaptiveExitDraft:
 @pytest.mark.parametrize(
     ("rights", "seen"),
     [
-        # What runs anyway is looked at: above the exit in use, and everywhere if none is.
+        # What runs anyway is looked at: above the exit in use; where none is, the cheapest of
+        # equals, and early, for the answer may be short.
         ({1: 8, 3: 8, 5: 8}, {4: (3, 5), 8: (3, 5), 12: (3, 5), 16: (3, 5)}),
         ({1: 0, 3: 8, 5: 8}, {4: (5,), 8: (5,), 12: (5,), 16: (5,)}),
-        ({1: 0, 3: 0, 5: 0}, {16: (1, 3, 5)}),
+        ({1: 0, 3: 0, 5: 0}, {1: (1,), 2: (1,), 4: (1,), 8: (1,), 16: (1,)}),
     ],
 )
 def test_now_and_then_exits_are_compared(

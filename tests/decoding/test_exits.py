@@ -148,7 +148,7 @@ def test_old_evidence_fades() -> None:
     selector = ExitSelector(12, [4], FREE, decay=0.5)
     selector.record(4, 3, 4)
     selector.record(4, 0, 2)
-    matches, trials = 0.25 * 0.5 + 0.5 * 3, 0.25 * 1.0 + 0.5 * 4 + 2
+    matches, trials = 0.25 * 0.2 + 0.5 * 3, 0.25 * 1.0 + 0.5 * 4 + 2
     assert selector.acceptance(4) == pytest.approx(matches / trials)
 
 
@@ -162,9 +162,21 @@ def test_a_change_of_text_changes_the_plan() -> None:
     assert plans == [(4, 6), (0, 0), (4, 6)]
 
 
-def test_before_all_evidence_an_exit_is_right_every_other_time() -> None:
-    selector = ExitSelector(12, [2, 4], FREE)
-    assert [selector.acceptance(e) for e in (2, 4)] == [0.5, 0.5]
-    selector.record(4, 8, 8)
-    assert selector.acceptance(4) > 0.9
-    assert selector.acceptance(2) == 0.5
+def test_before_all_evidence_an_exit_is_seldom_right() -> None:
+    """Nothing is drafted on it, and one match is enough to try."""
+    costs = RoundCosts(1.0, 0.3, 0.02)
+    selector = ExitSelector(12, [2, 4], costs)
+    assert [selector.acceptance(e) for e in (2, 4)] == [0.2, 0.2]
+    assert selector.plan(8) == (0, 0)
+    selector.record(4, 1, 1)
+    assert selector.plan(8)[0] == 4
+    assert selector.acceptance(2) == 0.2
+
+
+def test_the_most_promising_exit_is_cheap_or_often_right() -> None:
+    selector = ExitSelector(12, [2, 4, 6], FREE)
+    assert selector.most_promising() == 2, "nothing is known, so the cheapest"
+    teach(selector, 4, 0.9)
+    assert selector.most_promising() == 4
+    teach(selector, 4, 0.0)
+    assert selector.most_promising() == 2

@@ -181,9 +181,12 @@ class EarlyExitDraft(_Stateless):
 class AdaptiveExitDraft:
     """Early exit with the exit layer and draft length chosen anew for every round.
 
-    Exits are compared on what they would have drafted where the tower was run anyway: at the
-    end of the prompt and, every few rounds, in verification.
+    Exits are judged by what they would have drafted in the answer: every few rounds, where the
+    tower runs anyway, their choices are read out. Not by the prompt, unlike DEL: exit 6 of
+    parse-tiny agrees with the tower on 36 % of the utterance and on 98 % of its parse.
     """
+
+    watch: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -200,13 +203,11 @@ class AdaptiveExitDraft:
         self._used = 0
         self._selector = self._new_selector()
 
-    # Rounds between looks at all exits: a look reads one more set of logits for each.
+    # A look reads one more set of logits. Plain rounds look early, since answers may be short, and
+    # at one exit only, since where drafting does not pay looking is all that is lost.
     _LOOK_WHILE_DRAFTING = 4
-    _LOOK_WHILE_PLAIN = 16
-
-    @property
-    def watch(self) -> tuple[int, ...]:
-        return tuple(self._drafts)
+    _LOOK_WHILE_PLAIN = 8
+    _FIRST_LOOKS = (1, 2, 4)
 
     def begin(self, state: DecodeState, prompt: Outcome) -> None:
         self._selector = self._new_selector()
@@ -216,10 +217,10 @@ class AdaptiveExitDraft:
     def propose(self, state: DecodeState, k: int) -> Proposal:
         self._round += 1
         self._used, count = self._selector.plan(k)
-        every = self._LOOK_WHILE_DRAFTING if count else self._LOOK_WHILE_PLAIN
-        look = self._round % every == 0
         if count == 0:
-            return Proposal.empty(state, self.watch if look else ())
+            look = self._round in self._FIRST_LOOKS or self._round % self._LOOK_WHILE_PLAIN == 0
+            return Proposal.empty(state, (self._selector.most_promising(),) if look else ())
+        look = self._round % self._LOOK_WHILE_DRAFTING == 0
         made = self._drafts[self._used].propose(state, count)
         # Layers below the exit ran one token at a time, before there was anything to compare.
         higher = tuple(e for e in self._drafts if e > self._used) if look else ()

@@ -98,8 +98,8 @@ class ExitSelector:
         a drafting round must look, since its own book-keeping is not in the cost."""
         self._num_layers, self._costs = num_layers, costs
         self._decay, self._margin = decay, margin
-        # Half a match in one: no opinion yet, soon overruled.
-        self._matches = dict.fromkeys(exits, 0.5)
+        # A fifth of a match in one: too little to draft on, and overruled by the first match.
+        self._matches = dict.fromkeys(exits, 0.2)
         self._trials = dict.fromkeys(exits, 1.0)
 
     def acceptance(self, exit_layer: int) -> float:
@@ -110,6 +110,14 @@ class ExitSelector:
         """`matches` of `trials` tokens of this exit agreed with the whole tower."""
         self._matches[exit_layer] = self._decay * self._matches[exit_layer] + matches
         self._trials[exit_layer] = self._decay * self._trials[exit_layer] + trials
+
+    def most_promising(self) -> int:
+        """The exit from which one draft looks best: the one to learn more about."""
+        L = self._num_layers
+        return max(
+            self._matches,
+            key=lambda e: (1.0 + self.acceptance(e)) / self._costs.round(L, e, 1),
+        )
 
     def plan(self, limit: int) -> tuple[int, int]:
         """The best (exit_layer, drafts) with at most `limit` drafts; (0, 0): decode plainly."""

@@ -129,7 +129,7 @@ def load_decoder(
             for part, rows in _their_rows(name, shape[0], config)
         ]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        state[name] = tensor.to(device=device, dtype=dtype)
+        state[name] = _lay_out(tensor.to(device=device, dtype=dtype))
     ignored = ["rotary_emb.inv_freq"]
     if config.tied_embeddings:
         ignored.append("lm_head.weight")  # the embedding once more
@@ -141,6 +141,16 @@ def load_decoder(
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _lay_out(tensor: Tensor) -> Tensor:
+    """The same tensor, a matrix with more rows than columns stored column by column.
+
+    On a CPU the product of one token with such a matrix is up to five times as fast that way
+    (measured with MKL on Zen 4, see docs/log.md); shape and values do not change.
+    """
+    tall = tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]
+    return tensor.t().contiguous().t() if tall and tensor.device.type == "cpu" else tensor
 
 
 def save_decoder(
