@@ -18,9 +18,9 @@ recipe = TextRecipe(
     layerskip=LayerSkipConfig(
         p_max=0.05,
         dropout_schedule="constant",
-        early_exit_scale=0.2,
-        curriculum=ExitCurriculum("gradual"),
-        distill=0.3,
+        early_exit_scale=0.15,
+        curriculum=ExitCurriculum("gradual", exits=(2, 3, 4, 6), weighting="uniform"),
+        distill=0.5,
     ),
-    train=TrainConfig(steps=1300, lr=2e-3, warmup_steps=50, optimizer="muon"),
+    train=TrainConfig(steps=3000, lr=2e-3, warmup_steps=50, optimizer="muon"),
 )

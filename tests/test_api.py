@@ -154,9 +154,7 @@ def test_a_batch_near_the_context_is_its_single_runs(model):
 class RepeatDraft:
     """A draft of a user's own: the newest token again."""
 
-    watch: tuple[int, ...] = ()
-
-    def begin(self, state, prompt):
+    def begin(self, state):
         pass
 
     def propose(self, state, k):

@@ -132,12 +132,10 @@ def drafted(
 class GarbageDraft:
     """Random tokens, a random number of them per row: what no model would write."""
 
-    watch: tuple[int, ...] = ()
-
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
-    def begin(self, state: DecodeState, prompt: Outcome) -> None:
+    def begin(self, state: DecodeState) -> None:
         pass
 
     def propose(self, state: DecodeState, k: int) -> Proposal:

@@ -196,9 +196,10 @@ def test_after_a_prompt_of_one_token_there_is_no_opinion() -> None:
 
 
 def adaptive(state: DecodeState, rights: dict[int, int]) -> AdaptiveExitDraft:
-    """A draft for exits 1, 3, 5 that saw each of `rights` agree so often of 8 on the prompt."""
+    """A draft for exits 1, 3, 5 that saw each of `rights` agree so often of 8."""
     draft = AdaptiveExitDraft([1, 3, 5], LAYERS, RoundCosts(1.0, 0.0, 0.0))
-    draft.begin(state, Outcome([], [], {e: (right, 8) for e, right in rights.items()}))
+    draft.begin(state)
+    draft.observe(state, Outcome([], [], {e: (right, 8) for e, right in rights.items()}))
     return draft
 
 
@@ -289,7 +290,7 @@ def test_text_that_repeats_is_found() -> None:
 def test_a_model_drafts_what_it_would_write(sampling: Sampling) -> None:
     target, small = run.model(), run.model(seed=4, num_layers=2)
     draft, state = ModelDraft(small), state_of(target, sampling=sampling)
-    draft.begin(state, Outcome([], []))
+    draft.begin(state)
     proposal = draft.propose(state, 5)
     assert proposal.tokens.tolist() == continuations(small, 5, sampling)
     assert (proposal.hidden, proposal.exit_layer) == (None, 0)
@@ -331,7 +332,7 @@ def test_models_of_two_vocabularies_do_not_go_together() -> None:
 def test_a_proposal_is_at_most_what_was_asked_for(name: str, k: int) -> None:
     model = run.model()
     state, draft = state_of(model), DRAFTS[name](model)
-    draft.begin(state, Outcome([], []))
+    draft.begin(state)
     proposal = draft.propose(state, k)
     rows, width = proposal.tokens.shape
     assert (rows, proposal.tokens.dtype) == (2, torch.long)
@@ -361,18 +362,15 @@ class Recorder(NoDraft):
     """Proposes what it is told to, and keeps what it is told."""
 
     def __init__(self, proposals: list[list[list[int]]], watch: tuple[int, ...] = ()) -> None:
-        self._proposals, self.watch = proposals, watch
+        self._proposals, self._watch = proposals, watch
         self.outcomes: list[Outcome] = []
         self.kept: list[list[int]] = []
-
-    def begin(self, state: DecodeState, prompt: Outcome) -> None:
-        self.outcomes.append(prompt)
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         rows = self._proposals.pop(0) if self._proposals else [[] for _ in state.texts]
         width = max(map(len, rows))
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long)
-        return Proposal(tokens.view(len(rows), width), [len(r) for r in rows], watch=self.watch)
+        return Proposal(tokens.view(len(rows), width), [len(r) for r in rows], watch=self._watch)
 
     def observe(self, state: DecodeState, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -395,7 +393,7 @@ def test_a_draft_is_told_what_became_of_its_tokens() -> None:
     )
     got = run.drafted(model, TEXTS, draft, 3, [Stop(12), Stop(5)])
     assert got.rows == run.plain(model, TEXTS, [Stop(12), Stop(5)])
-    assert draft.outcomes[1:] == [
+    assert draft.outcomes == [
         Outcome([3, 2], [3, 1]),
         Outcome([1, 0], [0, 0]),
         Outcome([3, 2], [3, 2]),
@@ -406,7 +404,8 @@ def test_a_draft_is_told_what_became_of_its_tokens() -> None:
 
 @pytest.mark.parametrize("sampling", [GREEDY, *(Sampling(1.0, seed=i) for i in range(3))])
 def test_a_draft_is_told_how_watched_exits_compare(sampling: Sampling) -> None:
-    """Agreements with the tower on the end of the prompt, and wherever the context was true."""
+    """Agreements with the tower wherever the context was true: after the newest token and the
+    accepted one, not after the refused one."""
     model = run.model()
     text = continuations(model, 4, sampling)[0]
     draft = Recorder([[[text[0], (text[1] + 1) % 61, text[2]]]], watch=(1, 3))
@@ -417,12 +416,9 @@ def test_a_draft_is_told_how_watched_exits_compare(sampling: Sampling) -> None:
     for e in (1, 3, LAYERS):
         h = model.run(model.embed(ids), 0, e, KVCache(model.config, 1, ids.shape[1]))
         choice[e] = chooser.choose(model.logits(h, e), [1], None)[0]
-    prompt, first = draft.outcomes[:2]
     for e in (1, 3):
         same = (choice[e] == choice[LAYERS]).tolist()
-        # The prompt without its newest token; then the newest token and the accepted one.
-        assert prompt.matches[e] == (sum(same[:5]), 5)
-        assert first.matches[e] == (sum(same[5:]), 2)
+        assert draft.outcomes[0].matches[e] == (sum(same[-2:]), 2)
 
 
 def test_a_draft_of_no_tokens_is_not_asked() -> None:

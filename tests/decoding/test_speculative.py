@@ -212,12 +212,8 @@ class Watched:
     draft: Draft
     rounds: list[int] = field(default_factory=list)
 
-    @property
-    def watch(self) -> tuple[int, ...]:
-        return self.draft.watch
-
-    def begin(self, state: DecodeState, prompt: Outcome) -> None:
-        self.draft.begin(state, prompt)
+    def begin(self, state: DecodeState) -> None:
+        self.draft.begin(state)
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         self.rounds.append(len(state.texts))

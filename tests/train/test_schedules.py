@@ -114,7 +114,43 @@ def test_all_and_last_do_not_change_over_time() -> None:
         assert ExitCurriculum("last").enabled(step, 100, 6) == [5]
 
 
+@pytest.mark.parametrize("kind", CURRICULA)
+def test_naming_every_exit_is_naming_none(kind: str) -> None:
+    named, unnamed = ExitCurriculum(kind, 3, exits=tuple(range(1, 12))), ExitCurriculum(kind, 3)
+    for step in range(41):
+        assert named.enabled(step, 40, 12) == unnamed.enabled(step, 40, 12)
+
+
+def test_only_named_exits_and_the_last_take_part() -> None:
+    exits = (2, 3, 4, 6)
+    gradual = ExitCurriculum("gradual", exits=exits)
+    assert [gradual.enabled(t, 40, 12) for t in (0, 4, 8, 12, 16, 39)] == [
+        [11],
+        [5, 11],
+        [3, 5, 11],
+        [2, 3, 5, 11],
+        [1, 2, 3, 5, 11],
+        [1, 2, 3, 5, 11],
+    ]
+    rotational = ExitCurriculum("rotational", 2, exits=exits)
+    assert [rotational.enabled(t, 40, 12) for t in (0, 1)] == [[1, 3, 11], [2, 5, 11]]
+    assert ExitCurriculum("all", exits=(12, 3)).enabled(0, 40, 12) == [2, 11]
+
+
+def test_uniform_weights_favour_no_exit() -> None:
+    curriculum = ExitCurriculum("all", exits=(2, 3, 4), weighting="uniform")
+    weights = exit_weights(0, 40, 12, curriculum, early_exit_scale=0.25)
+    assert weights == pytest.approx({1: 1 / 7, 2: 1 / 7, 3: 1 / 7, 11: 4 / 7})
+    assert exit_weights(0, 40, 12, curriculum, early_exit_scale=0.0) == {11: 1.0}
+
+
 def test_unknown_curricula_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'cubic'; allowed: quadratic, uniform"):
+        ExitCurriculum(weighting="cubic")
+    with pytest.raises(ConfigError, match="exits is 0; it must be a whole number of at least 1"):
+        ExitCurriculum(exits=(4, 0))
+    with pytest.raises(ConfigError, match=r"exits are \(13,\); each must be at most 12"):
+        ExitCurriculum(exits=(13,)).enabled(0, 40, 12)
     with pytest.raises(ConfigError, match="'random'; allowed: rotational, gradual, all, last"):
         ExitCurriculum("random")
     with pytest.raises(ConfigError, match="period is 0; it must be a whole number of at least 1"):

@@ -85,12 +85,7 @@ class Outcome:
 class Draft(Protocol):
     """One source of drafts, for one batch at a time."""
 
-    @property
-    def watch(self) -> tuple[int, ...]:
-        """Exits whose choices on the end of the prompt the draft wants to see."""
-        ...
-
-    def begin(self, state: DecodeState, prompt: Outcome) -> None:
+    def begin(self, state: DecodeState) -> None:
         """A new batch, after its prefill."""
         ...
 
@@ -110,9 +105,7 @@ class Draft(Protocol):
 class _Stateless:
     """The parts of the protocol that a draft without memory of its own leaves empty."""
 
-    watch: tuple[int, ...] = ()
-
-    def begin(self, state: DecodeState, prompt: Outcome) -> None:
+    def begin(self, state: DecodeState) -> None:
         pass
 
     def observe(self, state: DecodeState, outcome: Outcome) -> None:
@@ -186,8 +179,6 @@ class AdaptiveExitDraft:
     parse-tiny agrees with the tower on 36 % of the utterance and on 98 % of its parse.
     """
 
-    watch: tuple[int, ...] = ()
-
     def __init__(
         self,
         exits: Sequence[int],
@@ -203,16 +194,16 @@ class AdaptiveExitDraft:
         self._used = 0
         self._selector = self._new_selector()
 
-    # A look reads one more set of logits. Plain rounds look early, since answers may be short, and
-    # at one exit only, since where drafting does not pay looking is all that is lost.
+    # A look reads one more set of logits. Plain rounds look early, since answers may be short,
+    # then ever less often, and at one exit only: where drafting does not pay, looking is all
+    # that is lost.
     _LOOK_WHILE_DRAFTING = 4
-    _LOOK_WHILE_PLAIN = 8
-    _FIRST_LOOKS = (1, 2, 4)
+    _LOOK_WHILE_PLAIN = 16
+    _FIRST_LOOKS = (1, 2, 4, 8)
 
-    def begin(self, state: DecodeState, prompt: Outcome) -> None:
+    def begin(self, state: DecodeState) -> None:
         self._selector = self._new_selector()
         self._round = self._used = 0
-        self._record(prompt)
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         self._round += 1
@@ -227,7 +218,8 @@ class AdaptiveExitDraft:
         return Proposal(made.tokens, None, made.hidden, made.exit_layer, higher)
 
     def observe(self, state: DecodeState, outcome: Outcome) -> None:
-        self._record(outcome)
+        for exit_layer, (matches, trials) in outcome.matches.items():
+            self._selector.record(exit_layer, matches, trials)
         if self._used and any(outcome.drafted):
             matches = sum(outcome.accepted)
             # The first refusal of a row was tried; what it drafted after that was not.
@@ -238,10 +230,6 @@ class AdaptiveExitDraft:
 
     def keep(self, rows: Sequence[int]) -> None:
         pass
-
-    def _record(self, outcome: Outcome) -> None:
-        for exit_layer, (matches, trials) in outcome.matches.items():
-            self._selector.record(exit_layer, matches, trials)
 
     def _new_selector(self) -> ExitSelector:
         return ExitSelector(self._num_layers, list(self._drafts), self._costs)
@@ -278,13 +266,11 @@ class NGramDraft(_Stateless):
 class ModelDraft:
     """A smaller tower with the same vocabulary drafts (speculative decoding, arXiv 2211.17192)."""
 
-    watch: tuple[int, ...] = ()
-
     def __init__(self, tower: Tower) -> None:
         self._tower = tower
         self._cache: KVCache | None = None
 
-    def begin(self, state: DecodeState, prompt: Outcome) -> None:
+    def begin(self, state: DecodeState) -> None:
         ours, theirs = self._tower.config.vocab_size, state.tower.config.vocab_size
         if ours != theirs:
             raise InputError(

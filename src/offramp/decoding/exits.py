@@ -101,6 +101,7 @@ class ExitSelector:
         # A fifth of a match in one: too little to draft on, and overruled by the first match.
         self._matches = dict.fromkeys(exits, 0.2)
         self._trials = dict.fromkeys(exits, 1.0)
+        self._plans: dict[int, tuple[int, int]] = {}  # by limit, until there is new evidence
 
     def acceptance(self, exit_layer: int) -> float:
         """Estimated probability that a token drafted at `exit_layer` is accepted."""
@@ -108,6 +109,7 @@ class ExitSelector:
 
     def record(self, exit_layer: int, matches: float, trials: float) -> None:
         """`matches` of `trials` tokens of this exit agreed with the whole tower."""
+        self._plans.clear()
         self._matches[exit_layer] = self._decay * self._matches[exit_layer] + matches
         self._trials[exit_layer] = self._decay * self._trials[exit_layer] + trials
 
@@ -121,6 +123,11 @@ class ExitSelector:
 
     def plan(self, limit: int) -> tuple[int, int]:
         """The best (exit_layer, drafts) with at most `limit` drafts; (0, 0): decode plainly."""
+        if limit not in self._plans:
+            self._plans[limit] = self._best(limit)
+        return self._plans[limit]
+
+    def _best(self, limit: int) -> tuple[int, int]:
         L = self._num_layers
         best, best_rate = (0, 0), self._margin / self._costs.round(L, 0, 0)
         for exit_layer in self._matches:

@@ -28,8 +28,6 @@ from offramp.nn.device import upload
 from offramp.nn.tower import Tower
 from offramp.results import Step
 
-_PROMPT_POSITIONS = 8  # at the end of the prompt, on which exits are compared before drafting
-
 
 @torch.inference_mode()
 def speculate(
@@ -49,7 +47,8 @@ def speculate(
     cache = KVCache(tower.config, len(prompts), capacity, tower.device, tower.dtype)
     rows = list(range(len(prompts)))
     state = DecodeState(tower, cache, [list(p) for p in prompts], chooser)
-    draft.begin(state, _prefill(state, draft.watch))
+    _prefill(state)
+    draft.begin(state)
     while rows:
         room = max(ends[row].remaining for row in rows) - 1
         limit = min(num_draft_tokens, room)
@@ -82,35 +81,18 @@ def speculate(
         rows = [rows[b] for b in stay]
 
 
-def _prefill(state: DecodeState, watch: tuple[int, ...]) -> Outcome:
-    """Run all but the last token of each prompt; compare `watch` with the tower at their ends."""
+def _prefill(state: DecodeState) -> None:
+    """Run all but the last token of each prompt."""
     before = [n - 1 for n in state.lengths()]
     longest = max(before)
     if longest == 0:
-        return Outcome([], [])
+        return
     # Shorter prompts are padded on the right: padding stands after all that could see it, and
     # its keys are forgotten at once.
     padded = [(text[:-1] + [0] * longest)[:longest] for text in state.texts]
     h = state.tower.embed(upload(padded, state.tower.device))
-    hidden = _run_watched(state, h, 0, watch)
+    state.tower.run(h, 0, state.tower.config.num_layers, state.cache)
     state.cache.truncate(before)
-    count = min(_PROMPT_POSITIONS, *before)
-    if not watch or count == 0:
-        return Outcome([], [])
-    ends = upload([[n - count + i for i in range(count)] for n in before], h.device)
-    rows = torch.arange(len(before), device=h.device)[:, None]
-    positions = [n - count + 1 for n in before]
-    last = torch.stack([*hidden.values()])[:, rows, ends]
-    chosen = torch.stack(
-        [
-            state.chooser.choose(state.tower.logits(x, e), positions, None)
-            for e, x in zip(hidden, last, strict=True)
-        ]
-    )
-    matches = (chosen == chosen[-1]).sum((1, 2)).tolist()
-    trials = chosen[-1].numel()
-    pairs = [*zip(hidden, matches, strict=True)][:-1]  # the last is the tower itself
-    return Outcome([], [], {e: (n, trials) for e, n in pairs})
 
 
 def _verify(
@@ -121,6 +103,12 @@ def _verify(
     The choices are those after the newest token and after each of the n drafted ones.
     """
     tower, exit_layer = state.tower, proposal.exit_layer
+    if proposal.tokens.shape[1] == 0 and not proposal.watch:
+        # A plain step, without what would cost adaptive drafting 2 % where it never drafts.
+        h = tower.run(tower.embed(state.newest()), 0, tower.config.num_layers, state.cache)
+        logits = tower.logits(h, tower.config.num_layers)
+        chosen_alone = state.chooser.choose(logits, state.lengths(), None).tolist()
+        return [[] for _ in state.texts], chosen_alone, {}
     tokens = torch.cat((state.newest(), proposal.tokens), dim=1)
     if proposal.hidden is None:
         h = tower.embed(tokens)

@@ -87,9 +87,9 @@ class KVCache:
             raise InputError(
                 f"truncate got {len(lengths)} lengths for {self.batch_size} rows; give one each"
             )
+        wanted = tuple(lengths)
         self._lengths = [
-            tuple(min(have, want) for have, want in zip(held, lengths, strict=True))
-            for held in self._lengths
+            held if held == wanted else tuple(map(min, held, wanted)) for held in self._lengths
         ]
 
     def reset(self, rows: Sequence[int]) -> None:

@@ -14,37 +14,61 @@ from offramp.config import check_counts
 from offramp.errors import ConfigError
 
 CURRICULA = ("rotational", "gradual", "all", "last")
+WEIGHTINGS = ("quadratic", "uniform")
 
 
 @dataclass(frozen=True)
 class ExitCurriculum:
-    """Which exits have a loss at a step. The last layer always has one.
+    """Which exits have a loss at a step, and what they weigh. The last layer always has one.
 
     `rotational`: every `period`-th exit, shifted by one each step. `gradual`: from the last
     layer down, one more every T/(2L) steps, all of them from T/2 on. `all` and `last` do not
     change over time.
+
+    exits: the early exits that take part, counted from 1 (the paper's: all, the default).
+    weighting: `quadratic`, the paper's e(l), made for deep towers; or `uniform`, early_exit_scale
+    for each early exit and 1 for the last, which favours the lowest exits.
     """
 
     kind: str = "rotational"
     period: int = 4
+    exits: tuple[int, ...] = ()
+    weighting: str = "quadratic"
 
     def __post_init__(self) -> None:
         if self.kind not in CURRICULA:
             raise ConfigError(f"exit curriculum is {self.kind!r}; allowed: {', '.join(CURRICULA)}")
+        if self.weighting not in WEIGHTINGS:
+            raise ConfigError(
+                f"exit weighting is {self.weighting!r}; allowed: {', '.join(WEIGHTINGS)}"
+            )
         check_counts(1, period=self.period)
+        for exit_layer in self.exits:
+            check_counts(1, exits=exit_layer)
 
     def enabled(self, step: int, total_steps: int, num_layers: int) -> list[int]:
         """Layers whose exit has a loss at `step`, in rising order."""
         last = num_layers - 1
+        layers = self._candidates(num_layers)
         if self.kind == "last":
             return [last]
         if self.kind == "all":
-            return list(range(num_layers))
+            return layers
         if self.kind == "rotational":
             phase = step % self.period
-            return [i for i in range(num_layers) if i == last or i % self.period == phase]
-        count = min(num_layers, 1 + int(step * 2 * num_layers / total_steps))
-        return list(range(num_layers - count, num_layers))
+            return [i for j, i in enumerate(layers) if i == last or j % self.period == phase]
+        count = min(len(layers), 1 + int(step * 2 * len(layers) / total_steps))
+        return layers[-count:]
+
+    def _candidates(self, num_layers: int) -> list[int]:
+        """The layers whose exits take part, the last one included."""
+        if not self.exits:
+            return list(range(num_layers))
+        if max(self.exits) > num_layers:
+            raise ConfigError(
+                f"exits are {self.exits}; each must be at most {num_layers}, the number of layers"
+            )
+        return sorted({exit_layer - 1 for exit_layer in self.exits} | {num_layers - 1})
 
 
 def exit_scale(layer: int, num_layers: int, early_exit_scale: float) -> float:
@@ -63,7 +87,10 @@ def exit_weights(
 ) -> dict[int, float]:
     """Layer -> weight of its exit's loss at `step`: e(l) over the enabled exits, summing to 1."""
     enabled = curriculum.enabled(step, total_steps, num_layers)
-    raw = {i: exit_scale(i, num_layers, early_exit_scale) for i in enabled}
+    if curriculum.weighting == "uniform":
+        raw = {i: early_exit_scale if i < num_layers - 1 else 1.0 for i in enabled}
+    else:
+        raw = {i: exit_scale(i, num_layers, early_exit_scale) for i in enabled}
     total = sum(raw.values())
     if total == 0.0:  # a tower of one layer: e is 0 throughout, and that layer is the last
         return {num_layers - 1: 1.0}
