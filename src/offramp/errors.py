@@ -4,6 +4,7 @@
     |-- ConfigError             a configuration that is not supported or contradicts itself
     |-- CheckpointError         a checkpoint that is missing, truncated, corrupt or of another model
     |-- DataError               a data file that is missing or malformed
+    |-- AudioError              a recording that is missing, not audio, truncated or not finite
     |-- TrainingError           a run that cannot go on, such as one whose loss is not a number
     `-- InputError              an argument out of range: a prompt, an exit layer, a temperature
 
@@ -27,6 +28,10 @@ class CheckpointError(OfframpError):
 
 class DataError(OfframpError):
     """A data file that is missing or malformed."""
+
+
+class AudioError(OfframpError):
+    """A recording that is missing, not audio, truncated or holds numbers that are not finite."""
 
 
 class TrainingError(OfframpError):
