@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,6 +266,23 @@ def test_an_n_gram_proposes_what_came_next(text: list[int], k: int, expected: li
     proposal = NGramDraft(3).propose(state_of(run.model(), [text]), k)
     assert proposal.tokens.tolist() == [expected]
     assert proposal.hidden is None
+
+
+def test_an_n_gram_is_what_a_plain_search_finds() -> None:
+    """The search goes through bytes; tokens whose bytes resemble each other must not mislead."""
+    rng, state = random.Random(0), state_of(run.model(), [[1]])
+    for _ in range(2_000):
+        alphabet = rng.choice([[0], [0, 1], [0, 1, 256, 65_536], [5, 1_280, 327_680, 2**40]])
+        text = [rng.choice(alphabet) for _ in range(rng.randint(1, 20))]
+        longest, k = rng.randint(1, 4), rng.randint(1, 3)
+        expected: list[int] = []
+        for n in range(min(longest, len(text) - 1), 0, -1):
+            starts = [i for i in range(len(text) - n) if text[i : i + n] == text[-n:]]
+            if starts:
+                expected = text[starts[-1] + n : starts[-1] + n + k]
+                break
+        proposal = NGramDraft(longest).propose(replace(state, texts=[text]), k)
+        assert proposal.tokens.tolist() == [expected]
 
 
 def test_each_row_finds_its_own() -> None:

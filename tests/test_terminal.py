@@ -1,0 +1,92 @@
+"""What the command line shows: colours, tables, places that can be written to."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from offramp import demo, terminal
+from offramp.api import DraftOptions, load
+from offramp.decoding.stopping import Stop
+from offramp.errors import InputError, OfframpError
+from offramp.results import Step
+from offramp.train.loop import Evaluated, StepDone
+
+
+def capture(monkeypatch, name: str = "out", colours: bool = False) -> io.StringIO:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=colours, width=200, highlight=False)
+    monkeypatch.setattr(terminal, name, console)
+    return written
+
+
+def test_the_streamed_colours_are_the_text(monkeypatch, checkpoint):
+    """Without a terminal no colour and no refused draft: the text alone."""
+    model = load(str(checkpoint))
+    shown = capture(monkeypatch)
+    drafted = model.stream("the count", draft=DraftOptions("exit", 2), stop=Stop(16))
+    terminal.stream_drafts(model, drafted)
+    plain = model.generate("the count", draft=DraftOptions("none"), stop=Stop(16))
+    assert shown.getvalue().strip() == model.tokenizer.decode(plain.tokens).strip()
+
+
+def test_refused_drafts_show_where_there_are_colours(monkeypatch, checkpoint):
+    model = load(str(checkpoint))
+    ids = model.tokenizer.encode("the count of", special=False)
+    step = Step(0, tuple(ids[:2]), "", tuple([ids[0], *ids[2:]]), 1, 2, None)
+    refused = model.tokenizer.decode(ids[2:]).strip()
+    for colours in (False, True):
+        shown = capture(monkeypatch, colours=colours)
+        terminal.out.print(terminal._coloured(model, step))
+        assert (refused in shown.getvalue()) == colours
+        assert ("\x1b[" in shown.getvalue()) == colours
+
+
+def test_figures_that_do_not_exist_are_dashes():
+    assert terminal.number(None) == "-"
+    assert terminal.number(1234.567, 1) == "1,234.6"
+
+
+def test_json_is_whole_or_absent(tmp_path):
+    target = tmp_path / "r.json"
+    terminal.write_json(target, {"a": 1})
+    with pytest.raises(TypeError):
+        terminal.write_json(target, {"a": object()})
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [target]
+    terminal.write_json(None, {"a": 1})
+
+
+def test_unwritable_places_are_refused(tmp_path):
+    for path, message in ((tmp_path, "it is a folder"), (Path("/nowhere/r.json"), "no folder")):
+        with pytest.raises(InputError, match=message):
+            terminal.check_writable(path)
+    terminal.check_writable(tmp_path / "r.json")
+
+
+def test_training_shows_its_evaluations(monkeypatch):
+    shown = capture(monkeypatch, "err")
+    events = [StepDone(1, 2.5, 1.0, 1e-3, 100.0, 9.0), Evaluated(1, {"bpb@2": 1.25})]
+    terminal.train_progress("toy", 2, events)
+    assert "step 1: bpb@2 1.250" in shown.getvalue()
+
+
+def test_the_demo_shows_both_ways_and_fails_if_they_differ(monkeypatch, checkpoint):
+    shown = capture(monkeypatch)
+    model = load(str(checkpoint))
+    demo._show(model, "toy", "the count", 12)
+    assert "identical text, both ways" in shown.getvalue()
+    assert "self-speculative" in shown.getvalue()
+
+    class Broken:
+        """A model whose two ways of decoding disagree."""
+
+        tokenizer, stream = model.tokenizer, staticmethod(model.stream)
+
+        def generate(self, prompt, **options):
+            return model.generate(prompt, **(options | {"stop": Stop(3)}))
+
+    with pytest.raises(OfframpError, match="a defect of ours"):
+        demo._show(Broken(), "toy", "the count", 12)
