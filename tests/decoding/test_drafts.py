@@ -208,11 +208,11 @@ def adaptive(state: DecodeState, rights: dict[int, int]) -> AdaptiveExitDraft:
 @pytest.mark.parametrize(
     ("rights", "seen"),
     [
-        # What runs anyway is looked at: above the exit in use; where none is, the cheapest of
-        # equals, and early, for the answer may be short.
+        # What runs anyway is looked at: above the exit in use; where none is, all of them first,
+        # for the answer may be short, then the cheapest of equals.
         ({1: 8, 3: 8, 5: 8}, {4: (3, 5), 8: (3, 5), 12: (3, 5), 16: (3, 5)}),
         ({1: 0, 3: 8, 5: 8}, {4: (5,), 8: (5,), 12: (5,), 16: (5,)}),
-        ({1: 0, 3: 0, 5: 0}, {1: (1,), 2: (1,), 4: (1,), 8: (1,), 16: (1,)}),
+        ({1: 0, 3: 0, 5: 0}, {1: (1, 3, 5), 2: (1,), 4: (1,), 8: (1,), 16: (1,)}),
     ],
 )
 def test_now_and_then_exits_are_compared(

@@ -195,12 +195,12 @@ class AdaptiveExitDraft:
         self._used = 0
         self._selector = self._new_selector()
 
-    # A look reads one more set of logits. Plain rounds look early, since answers may be short,
-    # then ever less often, and at one exit only: where drafting does not pay, looking is all
-    # that is lost.
+    # A look reads one more set of logits. The first round looks at every exit, since answers may
+    # be short; later plain rounds look ever less often, and at one exit only: where drafting does
+    # not pay, looking is all that is lost.
     _LOOK_WHILE_DRAFTING = 4
     _LOOK_WHILE_PLAIN = 16
-    _FIRST_LOOKS = (1, 2, 4, 8)
+    _FIRST_LOOKS = (2, 4, 8)
 
     def begin(self, state: DecodeState) -> None:
         self._selector = self._new_selector()
@@ -210,13 +210,19 @@ class AdaptiveExitDraft:
         self._round += 1
         self._used, count = self._selector.plan(k)
         if count == 0:
-            look = self._round in self._FIRST_LOOKS or self._round % self._LOOK_WHILE_PLAIN == 0
-            return Proposal.empty(state, (self._selector.most_promising(),) if look else ())
+            return Proposal.empty(state, self._looks_while_plain())
         look = self._round % self._LOOK_WHILE_DRAFTING == 0
         made = self._drafts[self._used].propose(state, count)
         # Layers below the exit ran one token at a time, before there was anything to compare.
         higher = tuple(e for e in self._drafts if e > self._used) if look else ()
         return Proposal(made.tokens, None, made.hidden, made.exit_layer, higher)
+
+    def _looks_while_plain(self) -> tuple[int, ...]:
+        if self._round == 1:
+            return tuple(self._drafts)
+        if self._round in self._FIRST_LOOKS or self._round % self._LOOK_WHILE_PLAIN == 0:
+            return (self._selector.most_promising(),)
+        return ()
 
     def observe(self, state: DecodeState, outcome: Outcome) -> None:
         for exit_layer, (matches, trials) in outcome.matches.items():
