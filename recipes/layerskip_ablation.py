@@ -37,5 +37,5 @@ recipe = TextRecipe(
         curriculum=ExitCurriculum("rotational", period=6),
         distill=0.2,
     ),
-    train=TrainConfig(steps=150, lr=3e-3, warmup_steps=20, optimizer="muon", evaluate_every=150),
+    train=TrainConfig(steps=300, lr=3e-3, warmup_steps=20, optimizer="muon", evaluate_every=300),
 )
