@@ -112,7 +112,7 @@ def test_text_is_cut_to_the_context(model):
         (lambda m: DraftOptions(num_draft_tokens=0), "at least 1"),
         (lambda m: DraftOptions("model"), "go together"),
         (lambda m: DraftOptions("ngram", exit_layer=2), "no use to draft 'ngram'"),
-        (lambda m: DraftOptions("adaptive", min_confidence=0.5), "no use to draft 'adaptive'"),
+        (lambda m: DraftOptions("ngram", min_confidence=0.5), "no use to draft 'ngram'"),
         (lambda m: m.generate("a", early_exit=2, draft=PLAIN), "choose one"),
         (lambda m: Sampling(temperature=-1.0), "temperature is -1.0"),
         (lambda m: Stop(0), "max_tokens is 0"),
@@ -173,3 +173,14 @@ def test_a_draft_of_ones_own(model):
     plain = model.generate(PROMPTS[0], draft=PLAIN, stop=Stop(12))
     assert tuple(t for s in steps for t in s.tokens) == plain.tokens
     assert max(len(s.drafted) for s in steps) == 3
+
+
+def test_drafts_stop_early_on_a_cpu_unless_told_otherwise(model):
+    """The default looks at each token's probability; 0 never does."""
+    ids = PROMPTS[0]
+    drafted = {}
+    for confidence in (None, 0.6, 0.0):
+        options = DraftOptions("exit", 2, 8, min_confidence=confidence)
+        run = model.stream(ids, draft=options, stop=Stop(12))
+        drafted[confidence] = [s.drafted for s in run]
+    assert drafted[None] == drafted[0.6] != drafted[0.0]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import toy
-from offramp.config import DecoderConfig, RopeScaling
+import toy_encoder
+from offramp.config import DecoderConfig, EncoderConfig, RopeScaling
 from offramp.errors import ConfigError
 
 SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)
@@ -77,9 +78,71 @@ def test_unknown_and_missing_settings_are_named() -> None:
         DecoderConfig.from_dict({**values, "rope_scaling": {"factor": 8.0}})
 
 
+@pytest.mark.parametrize("changes", toy_encoder.VARIANTS.values(), ids=toy_encoder.VARIANTS)
+def test_encoder_settings_survive_json(changes: dict[str, Any]) -> None:
+    config = toy_encoder.config(**changes)
+    assert EncoderConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_layers": 0}, "num_layers is 0; it must be a whole number of at least 1"),
+        ({"vocab_size": 1}, "vocab_size is 1; it must be a whole number of at least 2"),
+        ({"d_model": 24, "num_heads": 8}, "d_model 24 is not a multiple of twice num_heads 8"),
+        ({"kernel_size": 4}, "kernel_size is 4; it must be odd"),
+        ({"blank_id": 11}, "blank_id is 11; it must be less than vocab_size, 11"),
+        ({"blank_id": -1}, "blank_id is -1"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be a number of at least 0 and less than 1"),
+        ({"subsampling": 3}, "subsampling is 3; allowed: 2, 4, 8"),
+        ({"subsampling": 4.0}, "subsampling is 4.0; allowed: 2, 4, 8"),
+        ({"subsampling_activation": "relu"}, "'relu'; allowed: none, silu"),
+        ({"positions": "relative"}, "positions is 'relative'; allowed: absolute, rotary"),
+        ({"conv_norm": "group"}, "conv_norm is 'group'; allowed: batch, layer"),
+        ({"shared_head": 1}, "shared_head is 1; allowed: False, True"),
+        ({"feedback": True}, "feedback needs the exits to share one head; set shared_head too"),
+        ({"exits": 5}, "exits is 5; it must be a list of layers"),
+        ({"exits": ()}, r"exits are \(\); the last must be 5"),
+        ({"exits": (2, 4)}, r"exits are \(2, 4\); the last must be 5"),
+        ({"exits": (2, 6)}, r"exits are \(2, 6\); the last must be 5"),
+        ({"exits": (3, 2, 5)}, "list each layer once, in rising order"),
+        ({"exits": (2, 2, 5)}, "list each layer once, in rising order"),
+        ({"exits": (0, 5)}, "exits is 0; it must be a whole number of at least 1"),
+        ({"branches": (2, 4)}, r"branches name the layers \[4\], which are not in exits"),
+        ({"branch_factor": 0}, "branch_factor is 0"),
+        ({"branch_pool": "mean"}, "branch_pool is 'mean'; allowed: first, learned"),
+        ({"branch_pool": "learned", "branch_factor": 1}, "there is nothing to pool"),
+        ({"branch_scale": -0.5}, "branch_scale is -0.5; it must be a number of at least 0"),
+        ({"branch_scale": math.nan}, "branch_scale is nan"),
+    ],
+    ids=str,
+)
+def test_impossible_encoders_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        toy_encoder.config(**changes)
+
+
+def test_unknown_and_missing_encoder_settings_are_named() -> None:
+    values = dataclasses.asdict(toy_encoder.config())
+    with pytest.raises(ConfigError, match="EncoderConfig has no setting depth; allowed: d_model"):
+        EncoderConfig.from_dict({**values, "depth": 1})
+    del values["exits"]
+    with pytest.raises(ConfigError, match="EncoderConfig lacks exits"):
+        EncoderConfig.from_dict(values)
+
+
+def test_an_encoder_knows_its_frames_and_spans() -> None:
+    config = toy_encoder.config()
+    assert [config.output_frames(n) for n in (0, 6, 7, 10, 11, 1500)] == [0, 0, 1, 1, 2, 374]
+    assert toy_encoder.config(subsampling=2).output_frames(1500) == 749
+    assert [toy_encoder.config(subsampling=8).output_frames(n) for n in (14, 15)] == [0, 1]
+    assert [config.span_start(e) for e in (2, 3, 5)] == [0, 2, 3]
+    assert config.head_dim == 8
+
+
 def test_reading_settings_imports_no_torch() -> None:
     """`offramp --help` is fast because of it."""
-    code = "import sys, offramp.config, offramp.errors, offramp.energy.trace; print(*sys.modules)"
+    code = "import sys, offramp.config, offramp.errors, offramp.energy.cost; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -159,6 +159,9 @@ DRAFTS: dict[str, Callable[[DecoderLM], Draft]] = {
     "adaptive exit": lambda m: AdaptiveExitDraft(
         [1, 3, 5], m.config.num_layers, RoundCosts(1.0, 0.1, 0.02)
     ),
+    "confident adaptive exit": lambda m: AdaptiveExitDraft(
+        [1, 3, 5], m.config.num_layers, RoundCosts(1.0, 0.1, 0.02), min_confidence=0.3
+    ),
     "n-gram": lambda m: NGramDraft(),
     "another model": lambda m: ModelDraft(
         model(seed=9, num_layers=2, vocab_size=m.config.vocab_size)

@@ -41,6 +41,8 @@ from offramp.results import DecodeStats, FinishReason, Generation, Step
 from offramp.tokenizer import TextStream, TextTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Looking at a drafted token is free on a CPU; on a GPU the host would wait for it every time.
+_MIN_CONFIDENCE_ON_CPU = 0.6
 DRAFTS = ("exit", "adaptive", "ngram", "model", "none")
 DraftKind = Literal["exit", "adaptive", "ngram", "model", "none"]
 
@@ -53,14 +55,15 @@ class DraftOptions:
     kind: `exit` (lower layers, fixed), `adaptive` (exit and length chosen per round, plain
     decoding where drafting does not pay), `ngram` (look in the text so far), `model` (a smaller
     checkpoint, `model`), `none` (plain decoding), or a `Draft` of your own. None: `exit` where
-    an exit layer is given or recommended, else `adaptive`. min_confidence: with `exit`, stop a
-    draft at a token less probable than this.
+    an exit layer is given or recommended, else `adaptive`. min_confidence: with `exit` and
+    `adaptive`, stop a draft at a token less probable than this; None: 0.6 on a CPU, 0 (never) on
+    a GPU.
     """
 
     kind: DraftKind | Draft | None = None
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    min_confidence: float = 0.0
+    min_confidence: float | None = None
     model: str | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +78,7 @@ class DraftOptions:
             raise InputError(
                 f"an exit layer is of no use to draft {self.kind!r}; leave one of them out"
             )
-        if self.min_confidence != 0.0 and self.kind not in (None, "exit"):
+        if self.min_confidence is not None and self.kind not in (None, "exit", "adaptive"):
             raise InputError(
                 f"min_confidence is of no use to draft {self.kind!r}; leave one of them out"
             )
@@ -200,18 +203,20 @@ class Model:
         L, eos = self.config.num_layers, frozenset(self.config.eos_ids)
         exit_layer = options.exit_layer or self.defaults.exit_layer
         d = options.num_draft_tokens or self.defaults.num_draft_tokens or 6
-        fixed = exit_layer is not None or options.min_confidence != 0.0
-        kind = options.kind or ("exit" if fixed else "adaptive")
+        kind = options.kind or ("adaptive" if exit_layer is None else "exit")
         if not isinstance(kind, str):
             return kind, d
         if options.exit_layer is not None:
             check_exit_layer(options.exit_layer, L)
+        confidence = options.min_confidence
+        if confidence is None:
+            confidence = _MIN_CONFIDENCE_ON_CPU if self.tower.device.type == "cpu" else 0.0
         if kind == "exit":
-            chosen = exit_layer or max(1, L // 3)
-            return EarlyExitDraft(chosen, L, options.min_confidence, eos), d
+            return EarlyExitDraft(exit_layer or max(1, L // 3), L, confidence, eos), d
         if kind == "adaptive" and L > 1:
             exits = [options.exit_layer] if options.exit_layer else candidate_exits(L)
-            return AdaptiveExitDraft(exits, L, self.costs(), eos), options.num_draft_tokens or 8
+            draft = AdaptiveExitDraft(exits, L, self.costs(), confidence, eos)
+            return draft, options.num_draft_tokens or 8
         if kind == "ngram":
             return NGramDraft(), d
         if kind == "model":

@@ -1,4 +1,4 @@
-"""The shape of a decoder tower, as a frozen dataclass, and strict loading of JSON into dataclasses.
+"""The shapes of towers, as frozen dataclasses, and strict loading of JSON into dataclasses.
 
 Standard library only, so that reading a configuration never imports torch. The translation
 from and to Hugging Face's `config.json` is in `models/hub.py`.
@@ -101,6 +101,143 @@ class DecoderConfig:
         if isinstance(values.get("eos_ids"), list):
             values["eos_ids"] = tuple(values["eos_ids"])
         return strict(cls, values)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A CTC encoder of Conformer layers with exits; sizes in units of 1, layers counted from 1.
+
+    The defaults are the published early-exit Conformer's (arXiv 2309.09546); every option below
+    changes one thing, so that an ablation can take it out.
+
+    exits: the layers with an exit, rising; the last is `num_layers`. subsampling: feature frames
+    per output frame (2, 4 or 8). subsampling_activation: `none` or `silu`. positions: `absolute`
+    (sinusoids, added once) or `rotary`. conv_norm: inside the convolution module, `batch` or
+    `layer`. shared_head: one norm and one head for all exits. feedback: every exit's posteriors
+    return into the tower (SC-CTC, arXiv 2104.02724); needs `shared_head`.
+
+    branches: the exits whose layers have a parallel branch of one layer (Splitformer, arXiv
+    2506.18035). branch_factor: frames per branch frame (1: full rate). branch_pool: `first` frame
+    of each group, or a `learned` weighted mean. branch_scale: where a learned scale of the
+    branch's output starts; None: added as it is.
+    """
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    d_ff: int
+    kernel_size: int
+    vocab_size: int
+    exits: tuple[int, ...]
+    num_mels: int = 80
+    blank_id: int = 0
+    dropout: float = 0.0
+    subsampling: int = 4
+    subsampling_activation: str = "none"
+    positions: str = "absolute"
+    conv_norm: str = "batch"
+    shared_head: bool = False
+    feedback: bool = False
+    branches: tuple[int, ...] = ()
+    branch_factor: int = 2
+    branch_pool: str = "first"
+    branch_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("d_model", "num_layers", "num_heads", "d_ff", "kernel_size", "num_mels")
+        check_counts(1, **{n: getattr(self, n) for n in (*sizes, "branch_factor")})
+        check_counts(2, vocab_size=self.vocab_size)
+        check_range(0, 1, dropout=self.dropout)
+        check_choice(
+            subsampling=(self.subsampling, (2, 4, 8)),
+            subsampling_activation=(self.subsampling_activation, ("none", "silu")),
+            positions=(self.positions, ("absolute", "rotary")),
+            conv_norm=(self.conv_norm, ("batch", "layer")),
+            shared_head=(self.shared_head, (False, True)),
+            feedback=(self.feedback, (False, True)),
+            branch_pool=(self.branch_pool, ("first", "learned")),
+        )
+        self._check_shapes()
+        self._check_exits()
+
+    def _check_shapes(self) -> None:
+        if self.d_model % (2 * self.num_heads):
+            raise ConfigError(
+                f"d_model {self.d_model} is not a multiple of twice num_heads {self.num_heads}; "
+                "each head needs an even number of channels"
+            )
+        if self.kernel_size % 2 == 0:
+            raise ConfigError(
+                f"kernel_size is {self.kernel_size}; it must be odd, with a frame in the middle"
+            )
+        check_counts(0, blank_id=self.blank_id)
+        if self.blank_id >= self.vocab_size:
+            raise ConfigError(
+                f"blank_id is {self.blank_id}; it must be less than vocab_size, {self.vocab_size}"
+            )
+
+    def _check_exits(self) -> None:
+        for name, layers in (("exits", self.exits), ("branches", self.branches)):
+            if not isinstance(layers, tuple):
+                raise ConfigError(f"{name} is {layers!r}; it must be a list of layers")
+            for layer in layers:
+                check_counts(1, **{name: layer})
+            if list(layers) != sorted(set(layers)):
+                raise ConfigError(f"{name} are {layers}; list each layer once, in rising order")
+        if not self.exits or self.exits[-1] != self.num_layers:
+            raise ConfigError(
+                f"exits are {self.exits}; the last must be {self.num_layers}, the number of layers"
+            )
+        if other := sorted(set(self.branches) - set(self.exits)):
+            raise ConfigError(f"branches name the layers {other}, which are not in exits")
+        if self.feedback and not self.shared_head:
+            raise ConfigError("feedback needs the exits to share one head; set shared_head too")
+        if self.branch_scale is not None:
+            check_range(0, branch_scale=self.branch_scale)
+        if self.branch_pool == "learned" and self.branch_factor == 1:
+            raise ConfigError(
+                "branch_pool is learned with branch_factor 1; there is nothing to pool"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def subsampling_layers(self) -> int:
+        """Convolutions of stride 2 in front of the tower."""
+        return self.subsampling.bit_length() - 1
+
+    def output_frames(self, num_frames: int) -> int:
+        """Frames of the tower for `num_frames` feature frames; 0: too short for the convolutions.
+
+        Each convolution has kernel 3, stride 2 and no padding.
+        """
+        for _ in range(self.subsampling_layers):
+            num_frames = max(0, (num_frames - 1) // 2)
+        return num_frames
+
+    def span_start(self, exit_layer: int) -> int:
+        """How many layers ran before the span of layers that ends at `exit_layer`."""
+        at = self.exits.index(exit_layer)
+        return self.exits[at - 1] if at else 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Strict: an unknown or missing key is an error that names it."""
+        values = dict(values)
+        for name in ("exits", "branches"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        return strict(cls, values)
+
+
+def check_choice(**values: tuple[Any, tuple[Any, ...]]) -> None:
+    """ConfigError, by name, unless the first of each pair, of the same type, is in the second."""
+    for name, (value, allowed) in values.items():
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            listed = ", ".join(str(choice) for choice in allowed)
+            raise ConfigError(f"{name} is {value!r}; allowed: {listed}")
 
 
 def check_counts(least: int, **values: Any) -> None:

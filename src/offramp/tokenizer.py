@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from offramp.errors import CheckpointError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+BLANK = "<|blank|>"
 
 
 class TextTokenizer:
@@ -50,6 +51,11 @@ class TextTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
+    def pieces(self) -> list[str]:
+        """The text of every token, by id, as the file spells it."""
+        found = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
+        return [piece or "" for piece in found]
+
     def to_json(self) -> str:
         """All that determines the tokenizer, as text."""
         return self._tokenizer.to_str()
@@ -75,6 +81,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int, whole_tokens: Sequence[str]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
     )
+    return TextTokenizer(tokenizer)
+
+
+def train_ctc_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """A character BPE for CTC: id 0 is the blank, which no text has; words start with `▁`.
+
+    Characters that `texts` do not have cannot be written; `encode` leaves them out.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BLANK], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     return TextTokenizer(tokenizer)
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.api import Model, load
+from offramp.api import DraftOptions, Model, load
 from offramp.bench.arms import ArmResult, Progress, drafted, greedy_stop, interleave, plain
 from offramp.bench.prompts import Prompt, data_files, from_file
-from offramp.decoding.drafts import EarlyExitDraft, check_exit_layer
+from offramp.decoding.drafts import check_exit_layer
 from offramp.decoding.exits import RoundCosts
 from offramp.decoding.stopping import Stop
 from offramp.errors import InputError
@@ -140,10 +140,10 @@ def tune(
     decode = plain(model.tower, stop)
     texts = [_read(model, p, decode(p).tokens, exits) for p in prompts]
     short = _shortlist(texts, exits, model.costs(), stop, L, options)
-    eos = frozenset(model.config.eos_ids)
     arms = {"plain": decode}
     for e, d in short:
-        arms[f"{e},{d}"] = drafted(model.tower, stop, EarlyExitDraft(e, L, eos_ids=eos), d)
+        draft, _ = model.make_draft(DraftOptions("exit", e, d))
+        arms[f"{e},{d}"] = drafted(model.tower, stop, draft, d)
     results = interleave(arms, prompts, options.rounds, device, on_progress)
     base = results["plain"]
     found = [_candidate(e, d, p, results[f"{e},{d}"], base) for (e, d), p in short.items()]

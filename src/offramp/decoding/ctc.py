@@ -7,6 +7,7 @@ free; `align` finds that path for any text. Confidences are posteriors, not cali
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,9 +73,7 @@ def greedy(log_probs: Tensor, lengths: Tensor, blank_id: int = 0) -> list[Hypoth
     found, start = [], 0
     for count, score in zip(emits.sum(dim=1).tolist(), scores.tolist(), strict=True):
         own = slice(start, start + count)
-        found.append(
-            Hypothesis(tuple(tokens[own]), tuple(at[own]), score, tuple(confidences[own]))
-        )
+        found.append(Hypothesis(tuple(tokens[own]), tuple(at[own]), score, tuple(confidences[own])))
         start += count
     return found
 
@@ -118,7 +117,7 @@ def align(log_probs: Tensor, tokens: Sequence[int], blank_id: int = 0) -> tuple[
         score = options.max(axis=0) + row[states]
     at = len(states) - 1 if score[-1] >= score[-2] else len(states) - 2
     if not len(grid) or score[at] == -np.inf:
-        repeats = sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+        repeats = sum(a == b for a, b in itertools.pairwise(tokens))
         raise InputError(
             f"{len(tokens)} tokens do not fit {len(grid)} frames; they need at least "
             f"{len(tokens) + repeats} frames, and tokens that the model can write"
@@ -136,7 +135,7 @@ def aligned(
 ) -> Hypothesis:
     """`tokens` with the frames of their best path and their confidences; log_probs: [T, V]."""
     frames = align(log_probs, tokens, blank_id)
-    ends = (*frames[1:], log_probs.shape[0])
+    ends = (*frames, log_probs.shape[0])[1:]
     peaks = [
         float(log_probs[start:end, token].max())
         for token, start, end in zip(tokens, frames, ends, strict=True)
@@ -173,20 +172,17 @@ def words(
                 spelled.append(("", []))
             if part:
                 spelled[-1] = (spelled[-1][0] + part, [*spelled[-1][1], i])
-    found = []
+    found: list[Word] = []
     for spelling, members in spelled:
         if not spelling:
             continue
         frames = [hypothesis.frames[i] for i in members]
-        confidences = [hypothesis.confidences[i] for i in members]
-        found.append(
-            Word(
-                text=spelling,
-                start_s=min(frames[0] * frame_s, duration_s),
-                end_s=min((frames[-1] + 1) * frame_s, duration_s),
-                confidence=_geometric_mean(confidences),
-            )
-        )
+        # A token with a space inside it belongs to two words; its frame counts to the first.
+        earliest = found[-1].end_s if found else 0.0
+        start_s = max(earliest, min(frames[0] * frame_s, duration_s))
+        end_s = max(start_s, min((frames[-1] + 1) * frame_s, duration_s))
+        confidence = _geometric_mean([hypothesis.confidences[i] for i in members])
+        found.append(Word(spelling, start_s, end_s, confidence))
     return found
 
 

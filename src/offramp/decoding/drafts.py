@@ -185,11 +185,12 @@ class AdaptiveExitDraft:
         exits: Sequence[int],
         num_layers: int,
         costs: RoundCosts,
+        min_confidence: float = 0.0,
         eos_ids: frozenset[int] = frozenset(),
     ) -> None:
         if not exits:
             raise InputError("there is no exit to choose from; give at least one exit layer")
-        self._drafts = {e: EarlyExitDraft(e, num_layers, 0.0, eos_ids) for e in exits}
+        self._drafts = {e: EarlyExitDraft(e, num_layers, min_confidence, eos_ids) for e in exits}
         self._num_layers, self._costs = num_layers, costs
         self._round = 0
         self._used = 0

@@ -1,0 +1,315 @@
+"""Recipes for speech: which recordings and which synthetic speech, an encoder, and CTC training.
+
+A batch is a pure function of (seed, step), like everything random here, so that a resumed run
+goes on as if it had never stopped. Recordings stay in memory as 16-bit samples; augmentation,
+synthesis and features are made anew for every batch. Under torchrun each process prepares the
+shards that it trains on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.audio.features import FeatureConfig, log_mel_batch, normalize
+from offramp.audio.io import read_audio
+from offramp.config import EncoderConfig, check_counts, check_positive
+from offramp.data.augment_audio import AudioAugmentation
+from offramp.data.manifest import Utterance
+from offramp.data.speech import DigitString, connected_digits, normalized, speech_set
+from offramp.data.synthetic import (
+    Sentence,
+    SyntheticSpeech,
+    book_sentences,
+    transcript_sentences,
+)
+from offramp.errors import ConfigError, DataError
+from offramp.models.ctc import CTCEncoder
+from offramp.models.ctc_checkpoint import load_encoder, save_encoder
+from offramp.models.hub import check_target, weights_sha256
+from offramp.tokenizer import TextTokenizer, train_ctc_bpe
+from offramp.train.ctc import CTCTask, CTCTraining, SpeechBatch
+from offramp.train.loop import (
+    TrainConfig,
+    TrainEvent,
+    is_first_process,
+    process_device,
+    train,
+)
+
+_SYNTHETIC_CHARS_PER_S = 14.0  # how fast the voices speak on average, to sort before speaking
+
+
+@dataclass(frozen=True)
+class SpeechItem:
+    """One utterance of an epoch: its text, about how long it is, and how to get its samples."""
+
+    text: str
+    seconds: float
+    samples: Callable[[], Tensor]
+
+
+class SpeechSource(Protocol):
+    """Utterances by epoch: the same list for the same epoch, in every process."""
+
+    def epoch(self, epoch: int) -> list[SpeechItem]: ...
+
+    def fingerprint(self) -> object:
+        """What the items depend on, as JSON."""
+        ...
+
+
+class Recordings:
+    """Every recording once per epoch."""
+
+    def __init__(self, utterances: Sequence[Utterance]) -> None:
+        self._utterances = utterances
+        self._loaded: dict[Path, np.ndarray] = {}
+
+    def epoch(self, epoch: int) -> list[SpeechItem]:
+        return [
+            SpeechItem(u.text, u.seconds, partial(self._read, u.path)) for u in self._utterances
+        ]
+
+    def fingerprint(self) -> object:
+        told = [[u.path.name, u.seconds, u.text] for u in self._utterances]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def _read(self, path: Path) -> Tensor:
+        if path not in self._loaded:
+            # 16 bits are what the files hold; an hour of floats would take 230 MB.
+            self._loaded[path] = (read_audio(path) * 32767).round().to(torch.int16).numpy()
+        return torch.from_numpy(self._loaded[path].astype(np.float32) / 32767)
+
+
+class Digits:
+    """`count` connected-digit strings per epoch, other ones in each."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+
+    def epoch(self, epoch: int) -> list[SpeechItem]:
+        strings = connected_digits("train", self._count, seed=self._seed + 1_000_003 * epoch)
+        return [SpeechItem(s.text, _digit_seconds(s), s.samples) for s in strings]
+
+    def fingerprint(self) -> object:
+        return [self._count, self._seed]
+
+
+class Synthetic:
+    """`count` sentences per epoch, spoken by espeak-ng in ever new voices."""
+
+    def __init__(self, sentences: Sequence[Sentence], count: int, seed: int) -> None:
+        self._count = count
+        self._speech = SyntheticSpeech(sentences, seed, length=2**31)
+
+    def epoch(self, epoch: int) -> list[SpeechItem]:
+        items = []
+        for index in range(epoch * self._count, (epoch + 1) * self._count):
+            text = self._speech.item(index)[0].text
+            speak = partial(self._spoken, index)
+            items.append(SpeechItem(text, len(text) / _SYNTHETIC_CHARS_PER_S, speak))
+        return items
+
+    def fingerprint(self) -> object:
+        return [self._count, self._speech.settings()]
+
+    def _spoken(self, index: int) -> Tensor:
+        return self._speech[index][0]
+
+
+class MixedSpeech:
+    """Implements `train.ctc.SpeechBatches`: all sources mixed, batches of like length.
+
+    batch_seconds: of audio in a batch, padding included, about.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SpeechSource],
+        tokenizer: TextTokenizer,
+        batch_seconds: float,
+        seed: int,
+        augmentation: AudioAugmentation | None,
+    ) -> None:
+        self._sources, self._tokenizer = sources, tokenizer
+        self._batch_seconds, self._seed = batch_seconds, seed
+        self._augmentation = augmentation
+        self._ends: list[int] = []  # steps up to the end of each epoch planned so far
+        self._current: tuple[int, list[list[SpeechItem]]] | None = None
+
+    def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
+        items = self._items(step)
+        if len(items) < num_shards:
+            raise ConfigError(
+                f"a batch of {len(items)} utterances does not split into {num_shards} shards; "
+                f"raise batch_seconds ({self._batch_seconds})"
+            )
+        # In order of length, so every num_shards-th of them is a fair share.
+        mine = range(shard, len(items), num_shards)
+        samples = [self._heard(items[row], step, row) for row in mine]
+        texts = self._tokenizer.encode_batch([item.text for item in items])
+        return speech_batch(samples, [texts[row] for row in mine], sum(map(len, texts)))
+
+    def _heard(self, item: SpeechItem, step: int, row: int) -> Tensor:
+        samples = item.samples()
+        if self._augmentation is None:
+            return samples
+        return self._augmentation.apply(samples, self._seed, step * 10_000 + row)
+
+    def _items(self, step: int) -> list[SpeechItem]:
+        while not self._ends or self._ends[-1] <= step:
+            self._ends.append((self._ends or [0])[-1] + len(self._plan(len(self._ends))))
+        epoch = next(i for i, end in enumerate(self._ends) if step < end)
+        return self._plan(epoch)[step - (self._ends[epoch - 1] if epoch else 0)]
+
+    def _plan(self, epoch: int) -> list[list[SpeechItem]]:
+        """The epoch's batches: items of like length, batches in random order."""
+        if self._current is None or self._current[0] != epoch:
+            items = [item for source in self._sources for item in source.epoch(epoch)]
+            draw = np.random.default_rng((self._seed, epoch))
+            # Lengths are blurred, or the same utterances would always meet.
+            blurred = [
+                item.seconds * f
+                for item, f in zip(items, draw.uniform(0.85, 1.15, len(items)), strict=True)
+            ]
+            batches = pack([items[i] for i in np.argsort(blurred)], self._batch_seconds)
+            self._current = epoch, [batches[i] for i in draw.permutation(len(batches))]
+        return self._current[1]
+
+
+def pack(items: Sequence[SpeechItem], batch_seconds: float) -> list[list[SpeechItem]]:
+    """Neighbours together, as many as fit `batch_seconds` with padding; each batch by length."""
+    batches: list[list[SpeechItem]] = []
+    longest = 0.0
+    for item in items:
+        longest = max(longest, item.seconds) if batches else item.seconds
+        if not batches or (len(batches[-1]) + 1) * longest > batch_seconds:
+            batches.append([])
+            longest = item.seconds
+        batches[-1].append(item)
+    return [sorted(batch, key=lambda item: item.seconds) for batch in batches]
+
+
+def speech_batch(
+    samples: Sequence[Tensor], targets: Sequence[Sequence[int]], total_targets: int | None = None
+) -> SpeechBatch:
+    """Samples [N_b] each and their token ids, as normalised features."""
+    features, lengths = log_mel_batch(samples)
+    seconds = sum(map(len, samples)) / FeatureConfig().sample_rate
+    return SpeechBatch(normalize(features, lengths), lengths, targets, seconds, total_targets)
+
+
+@dataclass(frozen=True)
+class SpeechRecipe:
+    """One training run of a CTC encoder.
+
+    encoder: its shape, or the folder of a checkpoint to start from, whose tokenizer is kept.
+    sets: names of speech sets (`data.speech.SPEECH_SETS`), their train splits. digit_strings,
+    synthetic_sentences: how many of them per epoch. dev_sets: sets that are evaluated during
+    training, `dev_utterances` of each. Utterances longer than `max_seconds` are left out.
+    """
+
+    name: str
+    encoder: EncoderConfig | str
+    train: TrainConfig
+    training: CTCTraining = field(default_factory=CTCTraining)
+    sets: tuple[str, ...] = ()
+    digit_strings: int = 0
+    synthetic_sentences: int = 0
+    augmentation: AudioAugmentation | None = field(default_factory=AudioAugmentation)
+    batch_seconds: float = 160.0
+    max_seconds: float = 20.0
+    dev_sets: tuple[str, ...] = ()
+    dev_utterances: int = 40
+
+    def __post_init__(self) -> None:
+        counts = ("digit_strings", "synthetic_sentences", "dev_utterances")
+        check_counts(0, **{name: getattr(self, name) for name in counts})
+        check_positive(batch_seconds=self.batch_seconds, max_seconds=self.max_seconds)
+        if not (self.sets or self.digit_strings or self.synthetic_sentences):
+            raise ConfigError(
+                "the recipe has nothing to train on; give sets, digit_strings or "
+                "synthetic_sentences"
+            )
+
+    def run(self, out: Path, device: str = "cpu") -> Iterator[TrainEvent]:
+        """Train or resume in `out`; at the end its `checkpoint` folder holds the model."""
+        folder = out / "checkpoint"
+        check_target(folder)  # before the training, not after it
+        encoder, tokenizer, start = self._start(process_device(device))
+        sources = self._sources()
+        batches = MixedSpeech(
+            sources, tokenizer, self.batch_seconds, self.train.seed, self.augmentation
+        )
+        task = CTCTask(
+            encoder, batches, self.training, self.train.steps, self.train.seed, self._dev(tokenizer)
+        )
+        settings = asdict(self) | {
+            "start weights": start,
+            "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
+            "training data": [source.fingerprint() for source in sources],
+        }
+        yield from train(task, self.train, out, settings)
+        if is_first_process():
+            files = {"tokenizer.json": tokenizer.to_json()}
+            save_encoder(encoder, folder, torch.float16, files)
+
+    def _start(self, device: torch.device) -> tuple[CTCEncoder, TextTokenizer, str | None]:
+        """(encoder, tokenizer, sha256 of the weights it starts from)."""
+        if isinstance(self.encoder, str):
+            folder = Path(self.encoder)
+            encoder = load_encoder(folder, device).requires_grad_(True).train()
+            return encoder, TextTokenizer.load(folder / "tokenizer.json"), weights_sha256(folder)
+        encoder = CTCEncoder(self.encoder)
+        encoder.init_weights(self.train.seed)
+        return encoder.to(device).train(), ctc_tokenizer(self.encoder.vocab_size), None
+
+    def _sources(self) -> list[SpeechSource]:
+        sources: list[SpeechSource] = []
+        if self.sets:
+            sources.append(Recordings(self._utterances(self.sets, "train")))
+        if self.digit_strings:
+            sources.append(Digits(self.digit_strings, self.train.seed))
+        if self.synthetic_sentences:
+            sentences = book_sentences("train") + transcript_sentences("train")
+            sources.append(Synthetic(sentences, self.synthetic_sentences, self.train.seed))
+        return sources
+
+    def _utterances(self, sets: Sequence[str], split: str) -> list[Utterance]:
+        found = []
+        for name in sets:
+            kept, _ = normalized(speech_set(name, split))
+            found += [u for u in kept if u.seconds <= self.max_seconds]
+        if not found:
+            raise DataError(f"the sets {', '.join(sets)} have no utterances of split {split}")
+        return found
+
+    def _dev(self, tokenizer: TextTokenizer) -> list[SpeechBatch]:
+        batches = []
+        for name in self.dev_sets:
+            items = Recordings(self._utterances([name], "dev")[: self.dev_utterances]).epoch(0)
+            for some in pack(sorted(items, key=lambda i: i.seconds), self.batch_seconds):
+                texts = tokenizer.encode_batch([item.text for item in some])
+                batches.append(speech_batch([item.samples() for item in some], texts))
+        return batches
+
+
+def ctc_tokenizer(vocab_size: int) -> TextTokenizer:
+    """The pieces of our recognisers, from the texts that synthetic speech says."""
+    sentences = book_sentences("train") + transcript_sentences("train")
+    return train_ctc_bpe((sentence.text for sentence in sentences), vocab_size)
+
+
+def _digit_seconds(string: DigitString) -> float:
+    """About: a digit takes 0.43 s on average."""
+    return 0.43 * len(string.takes) + sum(string.pauses_s)

@@ -1,0 +1,168 @@
+"""Batches of speech as a function of the step, and a whole speech recipe on toy recordings."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from offramp.config import EncoderConfig
+from offramp.data.augment_audio import AudioAugmentation
+from offramp.data.manifest import Utterance, write_manifest
+from offramp.errors import ConfigError
+from offramp.models.ctc_checkpoint import load_encoder
+from offramp.tokenizer import BLANK, TextTokenizer, train_ctc_bpe
+from offramp.train import speech
+from offramp.train.ctc import CTCTraining, SpeechBatch
+from offramp.train.loop import Evaluated, StepDone, TrainConfig
+from offramp.train.speech import MixedSpeech, Recordings, SpeechItem, SpeechRecipe, pack
+
+TEXTS = ("a cat sat", "the dog ran off", "we see the sea", "it's a test", "go", "no more of it")
+TOKENIZER = train_ctc_bpe(TEXTS, 40)
+
+
+def write_set(folder: Path, count: int, split: str, first: int = 0) -> list[Utterance]:
+    """Tones of 0.6 to 1.7 s with texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for i in range(first, first + count):
+        seconds = 0.6 + 0.1 * (i % 12)
+        times = np.arange(int(16_000 * seconds)) / 16_000
+        wave = 0.3 * np.sin(2 * np.pi * (200 + 40 * i) * times)
+        soundfile.write(folder / f"{i}.wav", wave, 16_000)
+        text = TEXTS[i % len(TEXTS)]
+        made.append(Utterance(folder / f"{i}.wav", seconds, "s", split, text))
+    return made
+
+
+@pytest.fixture
+def utterances(tmp_path: Path) -> list[Utterance]:
+    return write_set(tmp_path / "set", 23, "train")
+
+
+def mixed(utterances: list[Utterance], seed: int = 0, augment: bool = True) -> MixedSpeech:
+    augmentation = AudioAugmentation() if augment else None
+    return MixedSpeech([Recordings(utterances)], TOKENIZER, 6.0, seed, augmentation)
+
+
+def same(a: SpeechBatch, b: SpeechBatch) -> bool:
+    return (
+        torch.equal(a.features, b.features)
+        and torch.equal(a.lengths, b.lengths)
+        and list(a.targets) == list(b.targets)
+        and (a.audio_seconds, a.total_targets) == (b.audio_seconds, b.total_targets)
+    )
+
+
+def test_a_batch_is_a_function_of_seed_and_step(utterances: list[Utterance]) -> None:
+    steps = (0, 3, 9, 14)
+    once = mixed(utterances)
+    forwards = {step: once.batch(step, 0, 1) for step in steps}
+    for step in reversed(steps):
+        assert same(mixed(utterances).batch(step, 0, 1), forwards[step])
+    assert not same(mixed(utterances, seed=1).batch(0, 0, 1), forwards[0])
+
+
+def test_an_epoch_has_every_recording_once(utterances: list[Utterance]) -> None:
+    batches = mixed(utterances, augment=False)
+    seen: list[tuple[int, ...]] = []
+    for step in range(100):
+        seen += [tuple(t) for t in batches.batch(step, 0, 1).targets]
+        if len(seen) == len(utterances):
+            break
+    expected = [tuple(TOKENIZER.encode(u.text)) for u in utterances]
+    assert sorted(seen) == sorted(expected)
+    first = {tuple(map(tuple, mixed(utterances).batch(s, 0, 1).targets)) for s in range(step + 1)}
+    second = {
+        tuple(map(tuple, mixed(utterances).batch(s, 0, 1).targets))
+        for s in range(step + 1, 2 * step + 2)
+    }
+    assert first != second, "another epoch has other batches"
+
+
+def test_shards_are_the_batch(utterances: list[Utterance]) -> None:
+    whole = mixed(utterances).batch(2, 0, 1)
+    shards = [mixed(utterances).batch(2, i, 2) for i in range(2)]
+    assert sorted(t for s in shards for t in s.targets) == sorted(whole.targets)
+    assert {s.total_targets for s in shards} == {sum(map(len, whole.targets))}
+    assert sum(s.audio_seconds for s in shards) == pytest.approx(whole.audio_seconds)
+    with pytest.raises(ConfigError, match="does not split into 50 shards; raise batch_seconds"):
+        mixed(utterances).batch(2, 0, 50)
+
+
+def test_batches_are_as_long_as_they_may_be() -> None:
+    rng = np.random.default_rng(0)
+    items = [SpeechItem("", s, lambda: torch.zeros(1)) for s in sorted(rng.uniform(1, 9, 60))]
+    batches = pack(items, 20.0)
+    assert [i for b in batches for i in b] == items
+    for batch in batches:
+        assert len(batch) * batch[-1].seconds <= 20.0 or len(batch) == 1
+    for batch, after in itertools.pairwise(batches):
+        assert (len(batch) + 1) * after[0].seconds > 20.0, "one more would have fitted"
+
+
+def test_pieces_have_a_blank_that_no_text_has() -> None:
+    assert TOKENIZER.token_id(BLANK) == 0
+    for text in TEXTS:
+        ids = TOKENIZER.encode(text)
+        assert 0 not in ids and TOKENIZER.decode(ids) == text
+    pieces = TOKENIZER.pieces()
+    assert len(pieces) == TOKENIZER.vocab_size
+    assert "".join(pieces[i] for i in TOKENIZER.encode("go")) == "\N{LOWER ONE EIGHTH BLOCK}go"
+
+
+def toy_recipe(steps: int = 6) -> SpeechRecipe:
+    return SpeechRecipe(
+        name="toy",
+        encoder=EncoderConfig(16, 2, 2, 32, 3, 40, exits=(1, 2), shared_head=True, feedback=True),
+        sets=("kathleen_arctic",),
+        dev_sets=("kathleen_arctic",),
+        training=CTCTraining(distill=0.1),
+        batch_seconds=6.0,
+        train=TrainConfig(steps, 1e-3, 2, checkpoint_every=2, evaluate_every=6),
+    )
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "data" / "kathleen_arctic"
+    found = write_set(root, 14, "train") + write_set(root, 3, "dev", first=14)
+    write_manifest(root / "manifest.tsv", found)
+    monkeypatch.setenv("OFFRAMP_DATA", str(root.parent))
+    monkeypatch.setattr(speech, "ctc_tokenizer", lambda vocab_size: TOKENIZER)
+    return root.parent
+
+
+def test_a_killed_run_resumes_to_the_same_weights(corpus: Path, tmp_path: Path) -> None:
+    events = list(toy_recipe().run(tmp_path / "whole"))
+    losses = [e.loss for e in events if isinstance(e, StepDone)]
+    assert len(losses) == 6
+    assert {"loss_exit_1", "loss_exit_2"} < set(
+        next(e.metrics for e in events if isinstance(e, Evaluated))
+    )
+    for event in toy_recipe().run(tmp_path / "cut"):
+        if isinstance(event, StepDone) and event.step == 5:
+            break  # killed: the state of step 4 is what there is
+    resumed = list(toy_recipe().run(tmp_path / "cut"))
+    assert [e.loss for e in resumed if isinstance(e, StepDone)] == losses[4:]
+    whole, cut = (load_encoder(tmp_path / name / "checkpoint") for name in ("whole", "cut"))
+    for (name, a), b in zip(whole.state_dict().items(), cut.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    tokenizer = TextTokenizer.load(tmp_path / "cut" / "checkpoint" / "tokenizer.json")
+    assert tokenizer.to_json() == TOKENIZER.to_json()
+
+
+def test_a_run_can_start_from_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    list(toy_recipe(2).run(tmp_path / "first"))
+    again = replace(toy_recipe(2), encoder=str(tmp_path / "first" / "checkpoint"))
+    assert [e.step for e in again.run(tmp_path / "second") if isinstance(e, StepDone)] == [1, 2]
+
+
+def test_a_recipe_needs_something_to_train_on() -> None:
+    with pytest.raises(ConfigError, match="nothing to train on"):
+        replace(toy_recipe(), sets=())
