@@ -18,11 +18,12 @@ help:  ## list these targets
 demo: $(VENV)/.stamp-run  ## install what a run needs, then run the demo
 	@$(BIN)/offramp demo
 
-test: $(VENV)/.stamp-dev  ## run the fast tests (add flags: PYTEST_FLAGS="-n 2")
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+# Two processes of one thread each are faster than one of two: toy models are too small to share.
+test: $(VENV)/.stamp-dev  ## run the fast tests (add flags: PYTEST_FLAGS="-x -k exits")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
 
 test-all: $(VENV)/.stamp-dev  ## run the slow tests too
-	@$(BIN)/python -m pytest -m "not gpu and not peer" $(PYTEST_FLAGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not peer" $(PYTEST_FLAGS)
 
 check: $(VENV)/.stamp-dev  ## lint, format, types, who imports whom
 	$(BIN)/ruff check .
