@@ -151,6 +151,18 @@ class GarbageDraft:
         pass
 
 
+class AbstainingDraft(NoDraft):
+    """Runs lower layers on the newest token, and every other time proposes nothing after all."""
+
+    def __init__(self, exit_layer: int, num_layers: int) -> None:
+        self._draft, self._rounds = EarlyExitDraft(exit_layer, num_layers), 0
+
+    def propose(self, state: DecodeState, k: int) -> Proposal:
+        made, self._rounds = self._draft.propose(state, 1), self._rounds + 1
+        kept = made.tokens[:, : self._rounds % 2]
+        return Proposal(kept, None, made.hidden, made.exit_layer)
+
+
 # Every draft there is, for a model of `model` above.
 DRAFTS: dict[str, Callable[[DecoderLM], Draft]] = {
     "none": lambda m: NoDraft(),
@@ -167,5 +179,6 @@ DRAFTS: dict[str, Callable[[DecoderLM], Draft]] = {
         model(seed=9, num_layers=2, vocab_size=m.config.vocab_size)
     ),
     "the same model": ModelDraft,
+    "abstaining exit": lambda m: AbstainingDraft(3, m.config.num_layers),
     "garbage": lambda m: GarbageDraft(),
 }

@@ -440,6 +440,19 @@ def test_a_draft_is_told_how_watched_exits_compare(sampling: Sampling) -> None:
         assert draft.outcomes[0].matches[e] == (sum(same[-2:]), 2)
 
 
+def test_hidden_states_and_their_exit_layer_come_together() -> None:
+    tokens, hidden = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, 4)
+    for wrong in ({"exit_layer": 4}, {"hidden": hidden}):
+        with pytest.raises(InputError, match="give both or neither"):
+            Proposal(tokens, **wrong)
+
+
+def test_the_cache_is_no_larger_than_what_can_be_drafted() -> None:
+    model = run.model()
+    got = run.drafted(model, TEXTS, EarlyExitDraft(3, LAYERS), 10**12, Stop(6))
+    assert got.rows == run.plain(model, TEXTS, Stop(6))
+
+
 def test_a_draft_of_no_tokens_is_not_asked() -> None:
     """With room for one token only, the tower decodes plainly."""
 

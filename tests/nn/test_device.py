@@ -22,6 +22,7 @@ def test_a_device_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("nonsense", 2, "device is 'nonsense'; give cpu, cuda or cuda:0"),
         ("", 2, "device is ''; give cpu"),
+        ("meta", 2, "device is 'meta'; give cpu, cuda or cuda:0"),
         ("cuda", 0, "device is 'cuda', and torch sees no CUDA device; use cpu"),
         ("cuda:2", 2, "device is 'cuda:2', and torch sees 2 CUDA devices; use cuda:0 to cuda:1"),
     ],

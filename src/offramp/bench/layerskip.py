@@ -133,6 +133,7 @@ class LayerSkipReport:
     dtype: str
     exit_layer: int
     num_draft_tokens: int
+    min_confidence: float
     rounds: int
     threads: int
     overall: Figures
@@ -149,6 +150,7 @@ class LayerSkipReport:
             "dtype": self.dtype,
             "exit_layer": self.exit_layer,
             "num_draft_tokens": self.num_draft_tokens,
+            "min_confidence": self.min_confidence,
             "rounds": self.rounds,
             "threads": self.threads,
             **self.overall.to_dict(),
@@ -180,8 +182,8 @@ def run(
     }
     peer_version = None
     if options.peers:
-        peer = Transformers(hub.resolve(model_name), tower.device, tower.dtype, stop, k)
-        arms |= dict(zip(PEERS, (peer.greedy(), peer.early_exit(fixed.exit_layer)), strict=True))
+        peer = Transformers(hub.resolve(model_name), tower.device, tower.dtype, stop, fixed, k)
+        arms |= dict(zip(PEERS, (peer.greedy(), peer.early_exit()), strict=True))
         peer_version = peer.version
     first, second = halves(on_progress)
     with quiet() if options.peers else nullcontext():
@@ -192,6 +194,7 @@ def run(
         dtype=options.dtype,
         exit_layer=fixed.exit_layer,
         num_draft_tokens=k,
+        min_confidence=fixed.min_confidence,
         rounds=options.rounds,
         threads=torch.get_num_threads(),
         overall=_figures(prompts, results, slice(None)),

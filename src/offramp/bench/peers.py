@@ -15,6 +15,7 @@ import torch
 
 from offramp.bench.arms import Arm, Decoded
 from offramp.bench.prompts import Prompt
+from offramp.decoding.drafts import EarlyExitDraft
 from offramp.decoding.stopping import Stop
 from offramp.errors import InputError
 
@@ -28,6 +29,7 @@ class Transformers:
         device: torch.device,
         dtype: torch.dtype,
         stop: Stop,
+        draft: EarlyExitDraft,
         num_draft_tokens: int,
     ) -> None:
         try:
@@ -37,6 +39,7 @@ class Transformers:
                 "the comparison with transformers needs it installed: pip install "
                 "'offramp[hf]', or leave the peers out (--no-peers)"
             ) from error
+        self._exit_layer = draft.exit_layer
         self.version: str = transformers.__version__
         with quiet():
             cls: Any = transformers.AutoModelForCausalLM  # not typed as we need it
@@ -50,14 +53,14 @@ class Transformers:
             pad_token_id=eos[0] if eos else None,
             num_assistant_tokens=num_draft_tokens,
             num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0,
+            assistant_confidence_threshold=draft.min_confidence,
         )
 
     def greedy(self) -> Arm:
         return self._arm()
 
-    def early_exit(self, exit_layer: int) -> Arm:
-        return self._arm(assistant_early_exit=exit_layer)
+    def early_exit(self) -> Arm:
+        return self._arm(assistant_early_exit=self._exit_layer)
 
     def _arm(self, **settings: int) -> Arm:
         def decode(prompt: Prompt) -> Decoded:

@@ -2,8 +2,8 @@
 
 Greedy drafting is predictable: where an exit's choice in the true context is the tower's, its
 draft would have been accepted. One pass over the decoded texts therefore tells how many rounds
-every (exit, length) takes, exactly; measured costs turn that into time. The best few are then
-really timed in turns with plain decoding, and only that decides.
+every (exit, length) takes, if no draft stops early; measured costs turn that into time. The best
+few are then really timed in turns with plain decoding, early stops included, and only that decides.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def speculate(
     prompts: token ids of at least one token each. num_draft_tokens: drafted per round at most.
     """
     longest = max(len(p) + e.remaining for p, e in zip(prompts, ends, strict=True))
-    capacity = longest + num_draft_tokens + 1
+    capacity = longest + min(num_draft_tokens, max(e.remaining for e in ends)) + 1
     cache = KVCache(tower.config, len(prompts), capacity, tower.device, tower.dtype)
     rows = list(range(len(prompts)))
     state = DecodeState(tower, cache, [list(p) for p in prompts], chooser)
@@ -69,7 +69,7 @@ def speculate(
                 text=text,
                 drafted=tuple(drafted[b]),
                 accepted=accepted[b],
-                exit_layer=proposal.exit_layer or None,
+                exit_layer=proposal.exit_layer if proposal.exit_layer and drafted[b] else None,
                 finish_reason=ends[row].reason,
             )
         cache.truncate([n - 1 for n in state.lengths()])
@@ -103,8 +103,8 @@ def _verify(
     The choices are those after the newest token and after each of the n drafted ones.
     """
     tower, exit_layer = state.tower, proposal.exit_layer
-    if proposal.tokens.shape[1] == 0 and not proposal.watch:
-        # A plain step, without what would cost adaptive drafting 2 % where it never drafts.
+    if proposal.tokens.shape[1] == 0 and proposal.hidden is None and not proposal.watch:
+        # A plain step, without what would cost adaptive drafting where it never drafts.
         h = tower.run(tower.embed(state.newest()), 0, tower.config.num_layers, state.cache)
         logits = tower.logits(h, tower.config.num_layers)
         chosen_alone = state.chooser.choose(logits, state.lengths(), None).tolist()

@@ -16,6 +16,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"device is {name!r}; give cpu, cuda or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name!r}; give cpu, cuda or cuda:0")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:

@@ -85,7 +85,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
     if isinstance(old, tuple) and isinstance(value, list):
         return tuple(value)
     if type(value) is not type(old) and old is not None:
+        shown = json.dumps(old, default=repr)  # as it is to be written
         raise ConfigError(
-            f"{key} is {text!r}; it must be of the kind of its present value, {old!r}"
+            f"{key} is {text!r}; it must be of the kind of its present value, {shown}"
         )
     return value

@@ -107,6 +107,8 @@ class TextRecipe:
                 f"vocab_size is {model.config.vocab_size}, and the tokenizer needs at least "
                 f"{tokenizer.vocab_size}; raise the model's vocab_size"
             )
+        # All that a later step could refuse, before the corpus is read.
+        self.layerskip.curriculum.enabled(0, self.train.steps, model.config.num_layers)
         return tokenizer, model, start
 
 

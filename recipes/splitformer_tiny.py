@@ -1,0 +1,44 @@
+"""Second stage of asr-tiny: 6.6 h of real speech from 97 speakers, after synthetic speech.
+
+Start with recipes/splitformer_synthetic.py, then give its checkpoint's folder where it is not the
+one below: `--set encoder=runs/synthetic/checkpoint`.
+"""
+
+from offramp.train.augment import SpecAugment
+from offramp.train.ctc import CTCTraining
+from offramp.train.loop import TrainConfig
+from offramp.train.speech import SpeechRecipe
+
+recipe = SpeechRecipe(
+    name="asr-tiny",
+    encoder="runs/splitformer-synthetic/checkpoint",
+    sets=(
+        "mini_librispeech_train_clean_5",
+        "kathleen_arctic",
+        "kathleen_more_takes",
+        "ljspeech_excerpt",
+        "ljspeech_part_1",
+        "vctk_p239",
+        "common_voice_en_100",
+    ),
+    digit_strings=200,
+    synthetic_sentences=1_000,
+    batch_seconds=160.0,
+    training=CTCTraining(augment=SpecAugment(), distill=0.1, autocast="bf16"),
+    dev_sets=(
+        "kathleen_arctic",
+        "mini_librispeech_train_clean_5",
+        "ljspeech_part_1",
+        "vctk_p239",
+        "common_voice_en_100",
+    ),
+    train=TrainConfig(
+        steps=8000,
+        lr=1e-3,
+        warmup_steps=300,
+        optimizer="muon",
+        weight_decay=0.05,
+        checkpoint_every=100,
+        evaluate_every=500,
+    ),
+)
