@@ -46,7 +46,7 @@ clean:  ## delete the environment, caches and build results
 $(VENV)/.stamp-run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Offramp needs Python 3.11 or newer; try: make PYTHON=python3.11 ..." >&2; exit 1; }
-	@echo "Installing into $(VENV) (once; torch alone is 200 MB or more) ..."
+	@echo "Installing into $(VENV) (once; a few minutes; 1.1 GB on disk, nearly all of it torch) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH)
 	@$(PIP) -e .

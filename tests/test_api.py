@@ -114,6 +114,7 @@ def test_text_is_cut_to_the_context(model):
         (lambda m: DraftOptions("ngram", exit_layer=2), "no use to draft 'ngram'"),
         (lambda m: DraftOptions("ngram", min_confidence=0.5), "no use to draft 'ngram'"),
         (lambda m: m.generate("a", early_exit=2, draft=PLAIN), "choose one"),
+        (lambda m: m.generate("a", stop=Stop(3, frozenset([300]))), "stop token 300 is not in"),
         (lambda m: Sampling(temperature=-1.0), "temperature is -1.0"),
         (lambda m: Stop(0), "max_tokens is 0"),
     ],

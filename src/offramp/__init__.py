@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import (
+    AudioError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -16,15 +17,17 @@ from offramp.errors import (
 )
 
 if TYPE_CHECKING:
-    from offramp.api import DraftOptions, Model, load
+    from offramp.api import DraftOptions, Model, load, transcribe
     from offramp.decoding.sampling import Sampling
     from offramp.decoding.stopping import Stop
-    from offramp.results import DecodeStats, Generation, Step
+    from offramp.recognizer import Recognizer, TranscribeOptions
+    from offramp.results import DecodeStats, Generation, Step, Transcript
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "load": "offramp.api",
+    "transcribe": "offramp.api",
     "Model": "offramp.api",
     "DraftOptions": "offramp.api",
     "Sampling": "offramp.decoding.sampling",
@@ -32,9 +35,13 @@ _HOMES = {
     "DecodeStats": "offramp.results",
     "Generation": "offramp.results",
     "Step": "offramp.results",
+    "Transcript": "offramp.results",
+    "Recognizer": "offramp.recognizer",
+    "TranscribeOptions": "offramp.recognizer",
 }
 
 __all__ = [
+    "AudioError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -44,11 +51,15 @@ __all__ = [
     "InputError",
     "Model",
     "OfframpError",
+    "Recognizer",
     "Sampling",
     "Step",
     "Stop",
     "TrainingError",
+    "TranscribeOptions",
+    "Transcript",
     "load",
+    "transcribe",
 ]
 
 

@@ -1,7 +1,8 @@
-"""The public calls: load a model, generate or stream text from it.
+"""The public calls: load a model, generate or stream text from it; turn speech into text.
 
     model = offramp.load("lm-tiny")
     print(model.generate("The count opened the").text)
+    print(offramp.transcribe("talk.flac").text)
 
 Drafting is on by default where the checkpoint says what drafts well, and never changes the
 text. Thin by design: the work is in `decoding/`.
@@ -18,6 +19,7 @@ from typing import Literal, overload
 
 import torch
 
+from offramp.audio.io import Source
 from offramp.config import DecoderConfig
 from offramp.decoding.drafts import (
     AdaptiveExitDraft,
@@ -37,11 +39,12 @@ from offramp.errors import InputError
 from offramp.models import hub
 from offramp.nn.device import choose_device
 from offramp.nn.tower import Tower, TracedTower, TruncatedTower
-from offramp.results import DecodeStats, FinishReason, Generation, Step
+from offramp.recognizer import Recognizer, TranscribeOptions
+from offramp.results import DecodeStats, FinishReason, Generation, Step, Transcript
 from offramp.tokenizer import TextStream, TextTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Looking at a drafted token is free on a CPU; on a GPU the host would wait for it every time.
+# Looking at a drafted token costs little on a CPU; on a GPU the host would wait every time.
 _MIN_CONFIDENCE_ON_CPU = 0.6
 DRAFTS = ("exit", "adaptive", "ngram", "model", "none")
 DraftKind = Literal["exit", "adaptive", "ngram", "model", "none"]
@@ -239,6 +242,21 @@ class Model:
         return self._costs
 
 
+def transcribe(
+    source: Source,
+    *,
+    model: str | Path = "asr-tiny",
+    options: TranscribeOptions | None = None,
+    device: str = "cpu",
+) -> Transcript:
+    """The text of a recording: a path, "-" for standard input, or a binary file object.
+
+    model: a shipped name, a folder or a hub id. For many recordings, or segments as they come,
+    keep a `Recognizer`. Raises AudioError, and CheckpointError for what is no recogniser.
+    """
+    return Recognizer.load(model, device=device).transcribe(source, options)
+
+
 def candidate_exits(num_layers: int) -> list[int]:
     """Exits worth comparing: an eighth, a quarter, three eighths and half of the tower."""
     return sorted({max(1, round(num_layers * share / 8)) for share in (1, 2, 3, 4)})
@@ -353,5 +371,10 @@ def _stop_within_context(model: Model, text: Sequence[int], stop: Stop | None) -
             f"shorten it to at most {limit - 1}"
         )
     wanted = stop or Stop(max_tokens=256)
+    if bad := [i for i in wanted.token_ids if not 0 <= i < model.config.vocab_size]:
+        raise InputError(
+            f"stop token {bad[0]} is not in the vocabulary of {model.config.vocab_size}; "
+            "it would never end a text"
+        )
     ids = wanted.token_ids | frozenset(model.config.eos_ids)
     return Stop(min(wanted.max_tokens, limit - len(text)), ids, wanted.strings)

@@ -21,6 +21,12 @@ Json = Annotated[Path | None, Parameter(name="--json", help="Also write the figu
 Threads = Annotated[int | None, Parameter(help="CPU threads; default: what torch chooses.")]
 
 
+def _no_options(type_: object, files: tuple[str, ...]) -> None:
+    """So that `-` may be a file, cyclopts takes unknown options for files too."""
+    if unknown := next((f for f in files if f.startswith("-") and f != "-"), None):
+        raise ValueError(f"unknown option {unknown} (a file of that name is ./{unknown})")
+
+
 @app.command
 def generate(
     prompt: str | None = None,
@@ -83,6 +89,115 @@ def generate(
 
 
 @app.command
+def transcribe(
+    files: Annotated[tuple[str, ...], Parameter(allow_leading_hyphen=True, validator=_no_options)],
+    /,
+    *,
+    model: ModelName = "asr-tiny",
+    format: Literal["txt", "srt", "vtt", "tsv", "json"] = "txt",
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    exit_policy: Literal["entropy", "confidence", "agreement"] | None = None,
+    threshold: float | None = None,
+    max_wer_increase: float | None = None,
+    calibration: Path | None = None,
+    exit_layer: int | None = None,
+    budget_ms: float | None = None,
+    budget_macs: float | None = None,
+    beam_size: int | None = None,
+    lm: Path | None = None,
+    hotword: tuple[str, ...] = (),
+    detector: Literal["auto", "silero", "energy"] = "auto",
+    trail: bool = False,
+    device: str = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Turn speech into text. Exit status 1: some of several files failed; they are named.
+
+    Parameters
+    ----------
+    files: WAV, FLAC, OGG or MP3, of any length; - is standard input.
+    out: Folder for a file per recording, NAME.txt and so on; default: standard output.
+    exit_policy: Leave the tower as soon as this rule is satisfied; default: at the last exit.
+    threshold: Of the rule; default: the calibrated one.
+    max_wer_increase: Use a threshold certified for at most this many percent (offramp calibrate).
+    calibration: File that calibrated thresholds are in; default: the checkpoint's.
+    exit_layer: Always leave after this many layers.
+    budget_ms: Go no deeper than fits this time, per segment of speech.
+    budget_macs: Go no deeper than fits so many multiply-accumulates, per segment of speech.
+    beam_size: Beam search with this many prefixes; default: greedy.
+    lm: N-gram language model (ARPA or KenLM file) for the beam search.
+    hotword: Words to expect (may be given several times).
+    detector: What finds speech; default: silero-vad if it is installed, else loudness.
+    trail: With --format json: also what every tested exit wrote.
+    """
+    from offramp import terminal
+    from offramp.audio.vad import VadOptions
+    from offramp.recognizer import Recognizer, TranscribeOptions
+
+    options = TranscribeOptions(
+        exit_policy,
+        threshold,
+        max_wer_increase,
+        calibration,
+        exit_layer,
+        budget_ms,
+        budget_macs,
+        beam_size,
+        lm,
+        hotword,
+        trail=trail,
+        vad=VadOptions(detector=detector),
+    )
+    output = terminal.TranscriptOutput(files, format, out, trail)
+    _set_threads(threads)
+    if output.write(Recognizer.load(model, device=device), options):
+        sys.exit(1)
+
+
+@app.command
+def calibrate(
+    *,
+    model: ModelName = "asr-tiny",
+    data: Path,
+    max_wer_increase: float,
+    rule: Literal["entropy", "confidence", "agreement"] = "confidence",
+    cap: float = 100.0,
+    split: str | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+    device: str = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Find a threshold for 'at most +x WER'. Exit status 1: none can be certified.
+
+    Parameters
+    ----------
+    data: Manifest (.tsv or .jsonl) of speech like what is to be transcribed.
+    max_wer_increase: Percent, over the last exit.
+    rule: What to find the threshold of.
+    cap: Count at most so many percent for one utterance; less says less, and needs fewer of them.
+    split: Take this split only.
+    limit: Take so many utterances at most.
+    out: File to write; default: calibration.json in the checkpoint, where transcribe finds it.
+    """
+    from offramp import terminal
+    from offramp.bench.asr import AsrData, CalibrateOptions, calibrate_model
+    from offramp.models.hub import resolve
+    from offramp.recognizer import CALIBRATION
+
+    target = out or resolve(model) / CALIBRATION
+    terminal.check_writable(target)
+    _set_threads(threads)
+    options = CalibrateOptions(max_wer_increase, rule, cap)
+    with terminal.progress(f"calibrating {model}") as tell:
+        found = calibrate_model(model, AsrData(data, split, limit), options, device, tell)
+    terminal.show_calibration(found)
+    if found.threshold is None:
+        sys.exit(1)
+    found.save(target)
+
+
+@app.command
 def train(
     recipe: Path,
     *,
@@ -138,6 +253,44 @@ def exits(
     with terminal.progress(f"exits of {model}") as tell:
         report = run(model, ExitQualityOptions(data, limit, only or None, device), tell)
     terminal.show_exit_quality(report)
+    terminal.write_json(json, report.to_dict())
+
+
+@eval_app.command
+def asr(
+    *,
+    model: ModelName = "asr-tiny",
+    data: Path,
+    split: str | None = None,
+    limit: int | None = None,
+    confidence: float | None = None,
+    entropy: float | None = None,
+    agreement: float | None = None,
+    device: str = "cpu",
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Word and character error rates at every exit and under every exit policy.
+
+    Parameters
+    ----------
+    data: Manifest (.tsv or .jsonl): path, seconds, text.
+    split: Take this split only.
+    limit: Take so many utterances at most.
+    confidence: Threshold; default: the calibrated one, or 0.95.
+    entropy: Threshold; default: the calibrated one, or 0.1.
+    agreement: Threshold; default: the calibrated one, or 1.
+    """
+    from offramp import terminal
+    from offramp.bench.asr import AsrData, run
+
+    terminal.check_writable(json)
+    _set_threads(threads)
+    given = {"confidence": confidence, "entropy": entropy, "agreement": agreement}
+    thresholds = {rule: value for rule, value in given.items() if value is not None}
+    with terminal.progress(f"asr, {model}") as tell:
+        report = run(model, AsrData(data, split, limit), thresholds, device, tell)
+    terminal.show_asr(report)
     terminal.write_json(json, report.to_dict())
 
 
@@ -253,7 +406,7 @@ def info() -> None:
     import torch
 
     from offramp import __version__, terminal
-    from offramp.models.hub import SHIPPED
+    from offramp.models.hub import shipped
 
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     rows = [
@@ -262,7 +415,7 @@ def info() -> None:
         ["CPU threads", str(torch.get_num_threads())],
         ["CUDA device", cuda],
         ["engine", "eager (PyTorch)"],
-        ["shipped models", ", ".join(n for n, path in SHIPPED.items() if path.is_dir())],
+        ["shipped models", ", ".join(shipped())],
     ]
     terminal.table("", ("", ""), rows)
 
@@ -301,6 +454,7 @@ def main(words: list[str] | None = None) -> None:
         print(f"offramp: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("offramp: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

@@ -51,6 +51,18 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
+def check_writable_folder(folder: Path) -> None:
+    """Make `folder` if need be; InputError, before the work, if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}; choose a folder you may write to"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write into {folder}; choose a folder you may write to")
+
+
 def _clear_leftovers(path: Path) -> None:
     """Remove what dead processes left; an old folder whose successor never came goes back.
 

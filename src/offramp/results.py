@@ -94,3 +94,88 @@ class Generation:
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     stats: DecodeStats
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word and when it was said, in seconds from the start of the audio.
+
+    start_s: of the frame that emitted its first token; end_s: the end of the frame that emitted
+    its last one, so CTC's words look short. confidence: the geometric mean of its tokens'
+    confidences, in [0, 1].
+    """
+
+    text: str
+    start_s: float
+    end_s: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class ExitText:
+    """What one tested exit wrote, greedily, and how certain the policy found it, if it scores."""
+
+    exit_layer: int
+    text: str
+    score: float | None
+
+
+@dataclass(frozen=True)
+class TranscriptSegment:
+    """A stretch of speech, which left the tower as one; in seconds from the start of the audio.
+
+    text may be "": what sounded like speech need not hold words. confidence: the geometric mean of
+    its words', None without words. macs: multiply-accumulates up to `exit_layer`, heads that were
+    tested included. trail: on request, what each tested exit wrote, the one taken last.
+    """
+
+    start_s: float
+    end_s: float
+    text: str
+    words: tuple[Word, ...]
+    confidence: float | None
+    exit_layer: int
+    macs: int
+    trail: tuple[ExitText, ...] = ()
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A whole recording. audio_s: its length; seconds: what transcribing it took.
+
+    Silence has no segments.
+    """
+
+    segments: tuple[TranscriptSegment, ...]
+    audio_s: float
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        return " ".join(s.text for s in self.segments if s.text)
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        return tuple(word for segment in self.segments for word in segment.words)
+
+    @property
+    def macs(self) -> int:
+        return sum(s.macs for s in self.segments)
+
+    @property
+    def rtf(self) -> float | None:
+        """Processing time / audio time."""
+        return ratio(self.seconds, self.audio_s)
+
+    @property
+    def mean_exit_layer(self) -> float | None:
+        return ratio(sum(s.exit_layer for s in self.segments), len(self.segments))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for JSON; `trail` only where it was asked for."""
+        segments = [asdict(segment) for segment in self.segments]
+        for segment in segments:
+            if not segment["trail"]:
+                del segment["trail"]
+        figures = {n: getattr(self, n) for n in ("audio_s", "seconds", "rtf", "mean_exit_layer")}
+        return {"text": self.text, **figures, "macs": self.macs, "segments": segments}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +19,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from offramp.errors import InputError
+from offramp.errors import AudioError, InputError
 from offramp.files import replacing
 from offramp.results import DecodeStats, Step
+from offramp.transcript_formats import FORMATS
 
 if TYPE_CHECKING:
     from offramp.api import Model, Run
+    from offramp.bench.asr import AsrReport
     from offramp.bench.exit_quality import ExitQuality
     from offramp.bench.layerskip import LayerSkipReport
     from offramp.bench.tune import TuneReport
+    from offramp.decoding.calibration import Calibration
+    from offramp.recognizer import Recognizer, TranscribeOptions, Transcription
     from offramp.train.loop import TrainEvent
 
 out = Console(highlight=False, soft_wrap=True)
@@ -41,7 +46,7 @@ def number(value: float | None, digits: int = 2) -> str:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     made = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right")
+        made.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         made.add_row(*row)
     out.print(made)
@@ -200,6 +205,127 @@ def show_layerskip(report: LayerSkipReport) -> None:
     )
 
 
+class TranscriptOutput:
+    """Where transcripts of `files` go: a folder, or standard output.
+
+    What cannot be written is refused here, before the work. InputError.
+    """
+
+    def __init__(
+        self, files: Sequence[str], format: str, folder: Path | None, trail: bool = False
+    ) -> None:
+        self._files, self._format, self._folder = files, format, folder
+        if trail and format != "json":
+            raise InputError(f"trail goes into json only, and the format is {format}")
+        if folder is None and len(files) > 1 and format not in ("txt", "json"):
+            raise InputError(
+                f"several files as {format} do not fit into one; give a folder with -o"
+            )
+        if folder is not None:
+            _check_folder(folder)
+            targets = [self._target(name) for name in files]
+            if twice := next((t for t in targets if targets.count(t) > 1), None):
+                raise InputError(
+                    f"several files would be written to {twice}; transcribe them into two folders"
+                )
+
+    def write(self, recognizer: Recognizer, options: TranscribeOptions) -> int:
+        """Transcribe all; of several files those that failed are named at the end, and counted.
+
+        A single one that fails raises its AudioError.
+        """
+        recognizer.plan(options)  # a fault of the options is no fault of the first file
+        failures = []
+        for name in self._files:
+            try:
+                self._one(name, recognizer.stream(name, options))
+            except AudioError as error:
+                if len(self._files) == 1:
+                    raise
+                failures.append(str(error))
+        for failure in failures:
+            print(f"offramp: {failure}", file=sys.stderr)
+        if failures:
+            print(f"offramp: {len(failures)} of {len(self._files)} files failed", file=sys.stderr)
+        return len(failures)
+
+    def _one(self, name: str, run: Transcription) -> None:
+        # On a terminal text is shown as it comes; in a file or pipe it is whole or absent.
+        live = self._folder is None and self._format == "txt" and sys.stdout.isatty()
+        several = len(self._files) > 1
+        shown = False
+        for segment in run:
+            if live and segment.text:
+                if several and not shown:
+                    print(f"==> {name} <==")
+                print(segment.text, flush=True)
+                shown = True
+        if live and shown:
+            return
+        made = run.transcript
+        if self._folder is not None:
+            with replacing(self._target(name)) as temporary:
+                temporary.write_text(FORMATS[self._format](made), encoding="utf-8")
+        elif several and self._format == "json":
+            print_json({"file": name} | made.to_dict())
+        else:
+            head = f"==> {name} <==\n" if several else ""
+            print(head + FORMATS[self._format](made), end="", flush=True)
+
+    def _target(self, name: str) -> Path:
+        assert self._folder is not None
+        stem = "stdin" if name == "-" else Path(name).stem
+        return self._folder / f"{stem}.{self._format}"
+
+
+def _check_folder(folder: Path) -> None:
+    """InputError unless `folder` can be written to, or made."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(
+            f"cannot write to {folder}: {place} is no folder you may write to; choose another one"
+        )
+
+
+def show_asr(report: AsrReport) -> None:
+    """A row per exit and policy."""
+    rows = []
+    for name, made in report.policies.items():
+        if made.threshold is not None:
+            name += f" {made.threshold:.4g}" + (" (calibrated)" if made.calibrated else "")
+        low, high = (None, None) if made.wer_ci95 is None else made.wer_ci95
+        gmacs = None if made.macs_per_audio_s is None else made.macs_per_audio_s / 1e9
+        rows.append(
+            [
+                name,
+                _percent(made.wer),
+                f"{_percent(low)} to {_percent(high)}",
+                _percent(made.cer),
+                number(made.mean_exit_layer, 1),
+                number(gmacs, 3),
+                number(made.rtf, 4),
+            ]
+        )
+    columns = ("", "WER, %", "95 % interval", "CER, %", "exit layer", "GMAC per s", "RTF")
+    size = f"{report.utterances:,} utterances, {report.words:,} words"
+    table(f"{report.model} on {report.data}: {size}, greedy", columns, rows)
+    if report.left_out:
+        err.print(f"{report.left_out} utterances left out: their text has no single reading")
+
+
+def show_calibration(found: Calibration) -> None:
+    """The guarantee in words, and what it was like on the development set."""
+    out.print(found.guarantee)
+    if found.threshold is not None:
+        out.print(
+            f"{found.rule} {found.threshold:.6g}: saves {_percent(found.saving)} % of the MACs, "
+            f"mean exit layer {found.mean_exit_layer:.1f}, WER per utterance "
+            f"{100 * found.mean_excess:+.2f} on this data"
+        )
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else number(100 * share, 1)
 
@@ -227,9 +353,11 @@ def train_progress(name: str, steps: int, events: Iterable[TrainEvent]) -> None:
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[pace]:,.0f} tokens/s"),
         TimeRemainingColumn(),
     )
+    shown = None
     with Progress(*columns, console=err, disable=not is_first_process()) as bar:
-        shown = bar.add_task(name, total=steps, loss=float("nan"), pace=0.0)
         for event in events:
+            if shown is None:  # nothing to show before the first step: loading may yet fail
+                shown = bar.add_task(name, total=steps, loss=float("nan"), pace=0.0)
             if isinstance(event, StepDone):
                 bar.update(shown, completed=event.step, loss=event.loss, pace=event.tokens_per_s)
             elif isinstance(event, Evaluated):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offramp.decoding.beam import BeamOptions, beam_search
 from offramp.decoding.ctc import text
-from offramp.decoding.lm import LanguageModel, WordScorer, WordScorerOptions
+from offramp.decoding.lm import LanguageModel, WordScorer, WordScorerOptions, hotword_spelling
 from offramp.decoding.ngram import train_ngram
 from offramp.errors import DataError, InputError
 
@@ -238,3 +238,18 @@ def test_impossible_weights_are_refused(settings: dict[str, float], match: str) 
 def test_an_empty_hotword_is_refused() -> None:
     with pytest.raises(InputError, match="a hotword is empty"):
         WordScorer(PIECES, hotwords=["cat", " "])
+
+
+def test_hotwords_are_spelled_as_the_model_writes() -> None:
+    pieces = ["<|blank|>", " ab", "c", "'", "\N{LOWER ONE EIGHTH BLOCK}d"]
+    for given, expected in (("ab c", "ab c"), ("Cab-D!", "cab d"), ("c'd", "c'd")):
+        assert hotword_spelling(given, pieces) == expected
+    for given in ("lank", "", "  ", "4"):
+        with pytest.raises(InputError, match="cannot be recognised"):
+            hotword_spelling(given, pieces)
+
+
+def test_pieces_in_capitals_keep_capitals() -> None:
+    assert hotword_spelling("AB", ["", " A", "B"]) == "AB"
+    with pytest.raises(InputError, match="cannot be recognised"):
+        hotword_spelling("ab", ["", " A", "B"])

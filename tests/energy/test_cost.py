@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import toy_encoder
 from offramp.config import EncoderConfig
-from offramp.energy.cost import EncoderMacs, encoder_mac_parts, encoder_macs
+from offramp.energy.cost import EncoderMacs, encoder_mac_parts, encoder_macs, mac_cost, trail_macs
 from offramp.errors import InputError
 from offramp.models.ctc import CTCEncoder, early_exit_baseline, splitformer
 from offramp.nn.subsampling import Downsample
@@ -103,3 +103,30 @@ def test_what_cannot_be_is_refused() -> None:
         encoder_macs(toy_encoder.config(), 61, 4)
     with pytest.raises(InputError, match=r"6 feature frames are too few; .* at least 7"):
         encoder_macs(toy_encoder.config(), 6, 5)
+
+
+@pytest.mark.parametrize("changes", toy_encoder.VARIANTS.values(), ids=toy_encoder.VARIANTS)
+def test_segments_add_up_to_what_was_tested(changes: dict[str, Any]) -> None:
+    """From the frames of the tower the cost is exact for the longest input, never too low."""
+    config = toy_encoder.config(**changes)
+    cost = mac_cost(config)
+    for tested in ((2,), (5,), (2, 3), (2, 5), (2, 3, 5)):
+        added: dict[int, list[int]] = {}
+        for num_frames in range(2 * config.subsampling - 1, 90):
+            T = config.output_frames(num_frames)
+            added.setdefault(T, []).append(trail_macs(config, num_frames, tested))
+        for T, exact in added.items():
+            segments = zip((0, *tested), tested, strict=False)
+            total = sum(cost(start, stop, T) for start, stop in segments)
+            assert total >= max(exact)
+            if max(added) > T:  # all inputs of so many frames were tried
+                assert total == max(exact)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_tested_heads_count_unless_feedback_read_them_anyway(feedback: bool) -> None:
+    config = toy_encoder.config(**{**toy_encoder.OURS, "feedback": feedback})
+    alone, all_three = (trail_macs(config, 100, tested) for tested in ((5,), (2, 3, 5)))
+    head = config.output_frames(100) * config.d_model * config.vocab_size
+    assert alone == encoder_macs(config, 100, 5)
+    assert all_three - alone == (0 if feedback else 2 * head)

@@ -129,6 +129,8 @@ def _text_exits(
     """(the exits, tokens scored). The first tokens of a window see nothing before it."""
     if model.tokenizer is None or not isinstance(model.tower, DecoderLM):
         raise InputError("to score text, load a decoder checkpoint with its tokenizer")
+    if not any(text.strip() for text in texts):
+        raise DataError("the text is empty; give a file with some")
     lead, num_bytes = model.tokenizer.encode(""), sum(len(text.encode()) for text in texts)
     bodies = model.tokenizer.encode_batch(texts, special=False)
     tokens = np.array([token for body in bodies for token in (*lead, *body)], np.int64)

@@ -64,7 +64,7 @@ class LayerSkipOptions:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 1 <= self.top_prompts <= 100:
-            raise InputError(f"top_prompts is {self.top_prompts}; allowed: 1 to 100")
+            raise InputError(f"top_prompts (--prompts) is {self.top_prompts}; allowed: 1 to 100")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from offramp.data import corpora
 from offramp.errors import DataError, InputError
+from offramp.models import hub
 from offramp.tokenizer import TextTokenizer
 
 _SAMPLES = Path(__file__).parent.parent / "samples"
@@ -35,6 +36,7 @@ def data_files(model: str, data: Path | None) -> list[Path]:
         return [top if top.is_file() else TOP_SAMPLE]
     if model == "lm-tiny":
         return sorted((root / "gutenberg_books" / "dev").glob("*.txt")) or [BOOK_SAMPLE]
+    hub.load_config(hub.resolve(model))  # no data helps a model that is not there
     raise InputError(
         f"there is no default data for {model}; give a .txt file (text) or a .tsv file "
         "(utterance and semantic_parse) with --data"

@@ -27,7 +27,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is missing; set OFFRAMP_DATA to the folder that holds the corpora"
+            f"{path} is missing; set OFFRAMP_DATA to the folder that holds the corpora, or get "
+            f"what is public with offramp fetch"
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(

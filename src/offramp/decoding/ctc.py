@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import InputError
+from offramp.results import Word
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,6 @@ class Hypothesis:
     frames: tuple[int, ...]
     score: float
     confidences: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word and when it was said, in seconds from the start of the audio.
-
-    start_s: of the frame that emitted its first token; end_s: the end of the frame that emitted
-    its last one, so CTC's words look short. confidence: the geometric mean of its tokens'
-    confidences, in [0, 1].
-    """
-
-    text: str
-    start_s: float
-    end_s: float
-    confidence: float
 
 
 def greedy(log_probs: Tensor, lengths: Tensor, blank_id: int = 0) -> list[Hypothesis]:
@@ -181,12 +167,13 @@ def words(
         earliest = found[-1].end_s if found else 0.0
         start_s = max(earliest, min(frames[0] * frame_s, duration_s))
         end_s = max(start_s, min((frames[-1] + 1) * frame_s, duration_s))
-        confidence = _geometric_mean([hypothesis.confidences[i] for i in members])
+        confidence = geometric_mean([hypothesis.confidences[i] for i in members])
         found.append(Word(spelling, start_s, end_s, confidence))
     return found
 
 
-def _geometric_mean(values: Sequence[float]) -> float:
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of confidences in [0, 1], at least one; 0 where one of them is."""
     if min(values) <= 0.0:
         return 0.0
     return min(1.0, math.exp(sum(map(math.log, values)) / len(values)))

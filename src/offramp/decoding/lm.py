@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from offramp.data.speech import normalize_text
 from offramp.decoding.ctc import piece_text
 from offramp.decoding.ngram import UNK, arpa_words
 from offramp.errors import DataError, InputError
+from offramp.tokenizer import BLANK
 
 _LN10 = math.log(10.0)
 
@@ -201,6 +203,23 @@ class WordScorer:
         while text and text not in self._credits:
             text = text.partition(" ")[2]
         return text
+
+
+def hotword_spelling(phrase: str, pieces: Sequence[str]) -> str:
+    """A hotword as the model would write it: as given, else normalised as transcripts are."""
+    letters = set("".join(piece_text(piece) for piece in pieces if piece != BLANK)) | {" "}
+    spelling = phrase
+    if not set(phrase) <= letters:
+        try:
+            spelling = normalize_text(phrase)
+        except DataError as error:
+            raise InputError(f"hotword {phrase!r} cannot be recognised: {error}") from error
+    if not spelling.strip() or not set(spelling) <= letters:
+        raise InputError(
+            f"hotword {phrase!r} cannot be recognised; this model writes words of the letters "
+            f"{''.join(sorted(letters)).strip()}"
+        )
+    return spelling
 
 
 def _credits(phrases: Iterable[str], score: float) -> dict[str, float]:

@@ -7,6 +7,7 @@ published encoders this is the closed form of the project's reference on early-e
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 from offramp.config import EncoderConfig
@@ -62,6 +63,34 @@ def encoder_mac_parts(config: EncoderConfig, num_frames: int, exit_layer: int) -
         heads=(1 + passed) * T * D * V,
         feedback=passed * T * V * D,
     )
+
+
+def trail_macs(config: EncoderConfig, num_frames: int, tested: Sequence[int]) -> int:
+    """MACs of an utterance of `num_frames` feature frames up to the last of the exits `tested`,
+    with the head of each. Feedback reads the heads on the way anyway; they count once."""
+    parts = encoder_mac_parts(config, num_frames, tested[-1])
+    if config.feedback:
+        return parts.total
+    head = config.output_frames(num_frames) * config.d_model * config.vocab_size
+    return parts.total + (len(tested) - 1) * head
+
+
+def mac_cost(config: EncoderConfig) -> Callable[[int, int, int], float]:
+    """(start, stop, frames of the tower) -> MACs from one tested exit to the next.
+
+    How many feature frames there were the tower's frames do not quite tell; the most count.
+    """
+
+    def cost(start: int, stop: int, frames: int) -> float:
+        num_frames = frames
+        for _ in range(config.subsampling_layers):
+            num_frames = 2 * num_frames + 2  # the most that give so many
+        if start == 0:
+            return trail_macs(config, num_frames, (stop,))
+        whole = trail_macs(config, num_frames, (start, stop))
+        return whole - trail_macs(config, num_frames, (start,))
+
+    return cost
 
 
 def _subsampling(config: EncoderConfig, num_frames: int) -> int:

@@ -18,9 +18,14 @@ from offramp.config import EncoderConfig
 from offramp.errors import CheckpointError, ConfigError
 from offramp.files import replacing
 from offramp.models.ctc import CTCEncoder
-from offramp.models.hub import _read_json, _read_tensors, _take, _write_json, check_target
-
-MODEL_TYPE = "offramp-ctc"
+from offramp.models.hub import (
+    ENCODER_TYPE,
+    _read_json,
+    _read_tensors,
+    _take,
+    _write_json,
+    check_target,
+)
 
 
 def load_encoder_config(folder: Path) -> EncoderConfig:
@@ -28,10 +33,10 @@ def load_encoder_config(folder: Path) -> EncoderConfig:
     path = folder / "config.json"
     values = _read_json(path)
     kind = values.pop("model_type", None)
-    if kind != MODEL_TYPE:
+    if kind != ENCODER_TYPE:
         raise CheckpointError(
-            f"{path} describes a model of type {kind!r}, not {MODEL_TYPE!r}; "
-            "choose the folder of a CTC encoder"
+            f"{path} describes a model of type {kind!r}, not {ENCODER_TYPE!r}; "
+            "choose the folder of a CTC encoder, such as a speech recipe writes"
         )
     try:
         return EncoderConfig.from_dict(values)
@@ -80,7 +85,7 @@ def save_encoder(
     with replacing(folder) as temporary:
         temporary.mkdir()
         save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
-        _write_json(temporary / "config.json", {"model_type": MODEL_TYPE, **asdict(model.config)})
+        _write_json(temporary / "config.json", {"model_type": ENCODER_TYPE, **asdict(model.config)})
         # safetensors lets only the owner read, whatever the umask.
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         for name, text in (files or {}).items():

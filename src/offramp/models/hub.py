@@ -28,7 +28,9 @@ from offramp.models.hf_config import eos_ids, from_hf, to_hf
 from offramp.tokenizer import BOS, EOS, PAD, TextTokenizer
 
 _PACKAGED = Path(__file__).parent.parent / "checkpoints"
-SHIPPED = {"lm-tiny": _PACKAGED / "lm-tiny", "parse-tiny": _PACKAGED / "parse-tiny"}
+# Decoders and encoders in one dict: what a folder holds is told by its config.json alone.
+SHIPPED = {name: _PACKAGED / name for name in ("lm-tiny", "parse-tiny", "asr-tiny")}
+ENCODER_TYPE = "offramp-ctc"  # model_type of what models/ctc_checkpoint.py reads
 
 # Ours <- theirs: one matrix of ours may be several of theirs, stacked.
 _LAYER_NAMES = {
@@ -59,6 +61,11 @@ class DraftDefaults:
 def resolve(name: str) -> Path:
     """The folder of a shipped name, a path, or a hub id (downloaded through huggingface_hub)."""
     if name in SHIPPED:
+        if not SHIPPED[name].is_dir():
+            raise CheckpointError(
+                f"{name} does not come with this version; give the folder of such a checkpoint "
+                "(offramp train makes them)"
+            )
         return SHIPPED[name]
     path = Path(name).expanduser()
     if path.is_dir():
@@ -69,13 +76,24 @@ def resolve(name: str) -> Path:
         return _download(name)
     raise CheckpointError(
         f"there is no checkpoint {name!r}; give a folder, a hub id (owner/name), "
-        f"or one that ships: {', '.join(SHIPPED)}"
+        f"or one that ships: {', '.join(shipped())}"
     )
+
+
+def shipped() -> list[str]:
+    """The names in `SHIPPED` whose files are there."""
+    return [name for name, path in SHIPPED.items() if path.is_dir()]
 
 
 def load_config(folder: Path) -> DecoderConfig:
     """The tower in `folder`; generation_config.json may name further tokens that end a text."""
-    config = from_hf(_read_json(folder / "config.json"))
+    values = _read_json(folder / "config.json")
+    if values.get("model_type") == ENCODER_TYPE:
+        raise CheckpointError(
+            f"{folder} holds a speech recogniser, which writes no text by itself; give it to "
+            "offramp transcribe, or choose the folder of a language model"
+        )
+    config = from_hf(values)
     path = folder / "generation_config.json"
     if not path.exists():
         return config

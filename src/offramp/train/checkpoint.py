@@ -91,7 +91,8 @@ def _read(path: Path) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"cannot resume from {path}: {error}; delete it to start anew"
+            f"cannot resume from {path}: it is truncated or corrupt ({error}); delete it to start "
+            "anew"
         ) from error
     if not {"step", "settings", "sha256"} <= meta.keys():
         raise CheckpointError(
@@ -129,13 +130,22 @@ def _shapes(
     return shapes
 
 
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = prefix + key
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
 def _refuse_other_settings(
     path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    given = json.loads(json.dumps(settings))
-    different = sorted(k for k in {*stored, *given} if stored.get(k) != given.get(k))
+    was, now = _flat(stored), _flat(json.loads(json.dumps(settings)))
+    different = sorted(k for k in {*was, *now} if was.get(k) != now.get(k))
     if different:
-        changes = "; ".join(f"{k} was {stored.get(k)!r}, is {given.get(k)!r}" for k in different)
+        changes = "; ".join(f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in different)
         raise CheckpointError(
             f"cannot resume from {path}: {changes}; restore these settings, "
             "choose another output folder, or delete the file to start anew"

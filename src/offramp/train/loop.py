@@ -24,6 +24,7 @@ from torch import nn
 
 from offramp.config import check_counts, check_positive, check_range
 from offramp.errors import ConfigError, TrainingError
+from offramp.files import check_writable_folder
 from offramp.nn.device import choose_device
 from offramp.train.checkpoint import load_state, save_state
 from offramp.train.schedules import learning_rate
@@ -117,6 +118,7 @@ def train(
     # How often to save and to look changes nothing in the result, so a resumed run may differ.
     ours = {k: v for k, v in asdict(config).items() if not k.endswith("_every")}
     settings = {**settings, "train": ours}
+    check_writable_folder(out)
     with _processes(task.model) as (rank, world):
         if config.num_shards % world:
             raise ConfigError(

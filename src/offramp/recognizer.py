@@ -1,0 +1,420 @@
+"""From audio to text: speech segments of a recording up an encoder, each to its own exit.
+
+Hours of audio go through in bounded memory: a few segments at a time, batched by length. An exit
+policy (fixed, by certainty, within a budget) decides per segment how many layers run, and every
+segment knows what it cost. Where nobody speaks nothing is written.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from offramp.audio.features import FeatureConfig, log_mel, normalize
+from offramp.audio.io import SAMPLE_RATE, Source, stream_audio
+from offramp.audio.vad import Segment, VadOptions, find_speech
+from offramp.config import EncoderConfig, check_counts, check_positive
+from offramp.decoding.beam import BeamOptions, beam_search
+from offramp.decoding.calibration import Calibration
+from offramp.decoding.ctc import Hypothesis, geometric_mean, text, words
+from offramp.decoding.early_exit_ctc import EarlyExit, EarlyExitOptions, early_exit, stopwatch
+from offramp.decoding.exit_policies import (
+    Agreement,
+    AnyOf,
+    Budget,
+    Confidence,
+    ExitPolicy,
+    FixedExit,
+    FrameEntropy,
+    SegmentCost,
+)
+from offramp.decoding.lm import LanguageModel, WordScorer, hotword_spelling
+from offramp.energy.cost import mac_cost, trail_macs
+from offramp.errors import CheckpointError, InputError
+from offramp.models import hub
+from offramp.models.ctc import CTCEncoder
+from offramp.models.ctc_checkpoint import load_encoder
+from offramp.nn.device import choose_device
+from offramp.results import ExitText, Transcript, TranscriptSegment, Word
+from offramp.tokenizer import BLANK, TextTokenizer
+
+CALIBRATION = "calibration.json"  # in the checkpoint folder; `offramp calibrate` writes it
+POLICIES: dict[str, Callable[[float], ExitPolicy]] = {
+    "entropy": FrameEntropy,
+    "confidence": Confidence,
+    "agreement": Agreement,
+}
+_BATCH_FRAMES = 4_000  # feature frames of a batch, padding included: 40 s
+_PROBE_FRAMES = (100, 800)  # 1 s and 8 s: what a run costs is measured on these
+
+
+@dataclass(frozen=True)
+class TranscribeOptions:
+    """How deep to go, and how to decode. Nothing given: the last exit, greedily.
+
+    exit_policy: `entropy` (nats per frame, at most), `confidence` or `agreement` (at least), or
+    an `ExitPolicy` of your own. threshold: the rule's; None: the calibrated one. max_wer_increase:
+    in percent, use thresholds certified for at most this; the rule, if not given, is the
+    calibrated one. calibration: where thresholds are; None: calibration.json in the checkpoint.
+    exit_layer: always leave there. budget_ms, budget_macs: go deeper only while the next part fits
+    what is left for this segment; the first exit is always reached. With budget_ms segments go
+    one by one, timed from their features on to the exit.
+
+    beam_size: prefixes kept in a beam search at the exit taken; None: greedy, or 16 where lm (an
+    ARPA or KenLM file) or hotwords need one. batch_size: segments read ahead and batched. trail:
+    keep what every tested exit wrote. Raises InputError for options that contradict each other.
+    """
+
+    exit_policy: Literal["entropy", "confidence", "agreement"] | ExitPolicy | None = None
+    threshold: float | None = None
+    max_wer_increase: float | None = None
+    calibration: Path | None = None
+    exit_layer: int | None = None
+    budget_ms: float | None = None
+    budget_macs: float | None = None
+    beam_size: int | None = None
+    lm: Path | None = None
+    hotwords: tuple[str, ...] = ()
+    batch_size: int = 8
+    trail: bool = False
+    vad: VadOptions = field(default_factory=VadOptions)
+
+    def __post_init__(self) -> None:
+        check_counts(1, batch_size=self.batch_size)
+        for name in ("beam_size", "exit_layer"):
+            if getattr(self, name) is not None:
+                check_counts(1, **{name: getattr(self, name)})
+        for name in ("max_wer_increase", "budget_ms", "budget_macs"):
+            if getattr(self, name) is not None:
+                check_positive(**{name: getattr(self, name)})
+        if isinstance(self.exit_policy, str) and self.exit_policy not in POLICIES:
+            raise InputError(
+                f"exit_policy is {self.exit_policy!r}; allowed: {', '.join(POLICIES)}, or give an "
+                "exit_layer"
+            )
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        deciding = ("exit_policy", "max_wer_increase", "budget_ms", "budget_macs")
+        given = [name for name in (*deciding, "threshold") if getattr(self, name) is not None]
+        if self.exit_layer is not None and given:
+            raise InputError(
+                f"exit_layer {self.exit_layer} fixes where to leave, and {given[0]} was given too; "
+                "choose one"
+            )
+        if self.budget_ms is not None and self.budget_macs is not None:
+            raise InputError("budget_ms and budget_macs were both given; choose one")
+        if self.threshold is not None:
+            if not isinstance(self.exit_policy, str):
+                raise InputError(
+                    "a threshold needs the exit_policy that it is for: " + ", ".join(POLICIES)
+                )
+            if self.max_wer_increase is not None or self.calibration is not None:
+                raise InputError(
+                    "a threshold and a calibrated one (max_wer_increase, calibration) exclude "
+                    "each other; choose one"
+                )
+        if self.max_wer_increase is not None or self.calibration is not None:
+            if self.exit_policy is not None and not isinstance(self.exit_policy, str):
+                raise InputError("an exit_policy of your own cannot be calibrated; leave one out")
+            if self.max_wer_increase is None and self.exit_policy is None:
+                raise InputError(
+                    "calibration says where thresholds are; give exit_policy or max_wer_increase"
+                )
+
+
+class Recognizer:
+    """An encoder with its pieces. One recording at a time; loading is the slow part, so keep it.
+
+    pieces: what each token id writes, with U+2581 or a space where a word starts.
+    """
+
+    def __init__(
+        self, encoder: CTCEncoder, pieces: Sequence[str], folder: Path | None = None
+    ) -> None:
+        self.encoder, self.pieces, self.folder = encoder, tuple(pieces), folder
+        self.features = FeatureConfig(num_mels=encoder.config.num_mels)
+        self._plan: tuple[TranscribeOptions, _Plan] | None = None
+
+    @classmethod
+    def load(cls, model: str | Path = "asr-tiny", *, device: str = "cpu") -> Recognizer:
+        """A shipped name, a folder or a hub id; CheckpointError: no recogniser is there."""
+        folder = hub.resolve(str(model))
+        encoder = load_encoder(folder, choose_device(device))
+        tokenizer = TextTokenizer.load(folder / "tokenizer.json")
+        size, blank = encoder.config.vocab_size, encoder.config.blank_id
+        if tokenizer.token_id(BLANK) != blank or tokenizer.vocab_size > size:
+            raise CheckpointError(
+                f"{folder}/tokenizer.json has {tokenizer.vocab_size} pieces, blank "
+                f"{tokenizer.token_id(BLANK)}; config.json says at most {size}, blank {blank}: "
+                "the files are not of one checkpoint"
+            )
+        pieces = tokenizer.pieces()
+        return cls(encoder, pieces + [""] * (size - len(pieces)), folder)
+
+    @property
+    def config(self) -> EncoderConfig:
+        return self.encoder.config
+
+    def transcribe(self, source: Source, options: TranscribeOptions | None = None) -> Transcript:
+        """The whole recording: a path, "-" for standard input, or a binary file. AudioError."""
+        run = self.stream(source, options)
+        for _ in run:
+            pass
+        return run.transcript
+
+    def stream(self, source: Source, options: TranscribeOptions | None = None) -> Transcription:
+        """The same as it comes: iterate for segments, in order; then it has `.transcript`."""
+        return Transcription(self, source, self.plan(options or TranscribeOptions()))
+
+    def plan(self, options: TranscribeOptions) -> _Plan:
+        """`options` made ready for this model, kept for the next recording; their faults show here.
+
+        Raises InputError, ConfigError or DataError.
+        """
+        if self._plan is None or self._plan[0] != options:
+            self._plan = options, _Plan(self, options)
+        return self._plan[1]
+
+    def calibration(self, options: TranscribeOptions) -> Calibration:
+        """The calibration that `options` ask for, checked against them."""
+        path = options.calibration
+        if path is None:
+            if self.folder is None:
+                raise InputError("this recogniser has no folder; give a calibration or a threshold")
+            path = self.folder / CALIBRATION
+            if not path.exists():
+                raise InputError(
+                    f"{path} is missing, so there is no threshold to use; run offramp calibrate, "
+                    "or give a threshold"
+                )
+        found, wanted, limit = Calibration.load(path), options.exit_policy, options.max_wer_increase
+        if wanted not in (None, found.rule):
+            raise InputError(
+                f"{path} is for the rule {found.rule}, not {wanted}; choose that one, give a "
+                "threshold, or run offramp calibrate"
+            )
+        if limit is not None and found.max_wer_increase > limit / 100:
+            raise InputError(
+                f"{path} certifies +{100 * found.max_wer_increase:.4g} % WER, which is more than "
+                f"{limit:.4g}; run offramp calibrate --max-wer-increase {limit:.4g}"
+            )
+        return found
+
+
+class _Plan:
+    """What options mean for a model: where to leave, how to decode, how to batch."""
+
+    def __init__(self, recognizer: Recognizer, options: TranscribeOptions) -> None:
+        self.options = options
+        config = recognizer.config
+        self.policy = _policy(recognizer, options)
+        self.policy.tested(config.exits)  # an exit that does not exist is refused now
+        blank_id = config.blank_id
+        self._run = EarlyExitOptions(
+            blank_id, mac_cost(config), decode=_decoder(recognizer.pieces, options, blank_id)
+        )
+        self.batch_size = 1 if options.budget_ms is not None else options.batch_size
+
+    def run_options(self) -> EarlyExitOptions:
+        """For a batch whose work begins now."""
+        timed = self.options.budget_ms is not None
+        return replace(self._run, stopwatch=stopwatch()) if timed else self._run
+
+
+class Transcription:
+    """One run: an iterator of segments that knows the transcript when it has ended."""
+
+    def __init__(self, recognizer: Recognizer, source: Source, plan: _Plan) -> None:
+        self._recognizer, self._plan = recognizer, plan
+        self._segments: list[TranscriptSegment] = []
+        self._samples, self._seconds, self._ended = 0, 0.0, False
+        self._steps = self._timed(source)
+
+    def __iter__(self) -> Iterator[TranscriptSegment]:
+        return self._steps
+
+    @property
+    def transcript(self) -> Transcript:
+        """InputError while the run has not ended."""
+        if not self._ended:
+            raise InputError("the run has not ended; iterate over it first")
+        return Transcript(tuple(self._segments), self._samples / SAMPLE_RATE, self._seconds)
+
+    def _timed(self, source: Source) -> Iterator[TranscriptSegment]:
+        """The segments, with the time of our work (not of whoever consumes them)."""
+        found = self._transcribed(source)
+        while True:
+            began = time.perf_counter()
+            segment = next(found, None)
+            self._seconds += time.perf_counter() - began
+            if segment is None:
+                self._ended = True
+                return
+            self._segments.append(segment)
+            yield segment
+
+    def _transcribed(self, source: Source) -> Iterator[TranscriptSegment]:
+        config, frames = self._recognizer.config, self._recognizer.features.num_frames
+        spoken = find_speech(self._counted(stream_audio(source)), self._plan.options.vad)
+        long_enough = (s for s in spoken if config.output_frames(frames(len(s.samples))))
+        while group := list(islice(long_enough, self._plan.batch_size)):
+            yield from self._group(group)
+
+    def _counted(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        for block in blocks:
+            self._samples += len(block)
+            yield block
+
+    def _group(self, group: Sequence[Segment]) -> list[TranscriptSegment]:
+        """Segments in their own order, however they are batched."""
+        frames = [self._recognizer.features.num_frames(len(s.samples)) for s in group]
+        found: dict[int, TranscriptSegment] = {}
+        for rows in length_batches(frames, _BATCH_FRAMES):
+            options = self._plan.run_options()  # a stopwatch starts before the features
+            features, lengths = self._features([group[row] for row in rows])
+            config, encoder = self._recognizer.config, self._recognizer.encoder
+            results = early_exit(
+                encoder, config.exits, features, lengths, self._plan.policy, options
+            )
+            for row, result in zip(rows, results, strict=True):
+                found[row] = self._written(group[row], frames[row], result)
+        return [found[row] for row in range(len(group))]
+
+    def _features(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        samples = [segment.samples for segment in segments]
+        return batch_features(samples, self._recognizer.features, self._recognizer.encoder.device)
+
+    def _written(self, segment: Segment, num_frames: int, result: EarlyExit) -> TranscriptSegment:
+        """Results with times from the start of the recording."""
+        config, pieces = self._recognizer.config, self._recognizer.pieces
+        frame_s = config.subsampling * self._recognizer.features.hop / SAMPLE_RATE
+        local = words(result.hypothesis, pieces, frame_s, len(segment.samples) / SAMPLE_RATE)
+        # Adding the start may round a time past the end.
+        end_s = segment.end_s
+        moved = tuple(
+            Word(
+                word.text,
+                min(segment.start_s + word.start_s, end_s),
+                min(segment.start_s + word.end_s, end_s),
+                word.confidence,
+            )
+            for word in local
+        )
+        tested = [t.exit_layer for t in result.trail]
+        trail = tuple(
+            ExitText(t.exit_layer, text(t.hypothesis.tokens, pieces), t.score)
+            for t in result.trail
+            if self._plan.options.trail
+        )
+        return TranscriptSegment(
+            start_s=segment.start_s,
+            end_s=end_s,
+            text=" ".join(word.text for word in moved),
+            words=moved,
+            confidence=geometric_mean([w.confidence for w in moved]) if moved else None,
+            exit_layer=result.exit_layer,
+            macs=trail_macs(config, num_frames, tested),
+            trail=trail,
+        )
+
+
+# -- batches -------------------------------------------------------------------------------------
+
+
+def length_batches(frames: Sequence[int], batch_frames: int) -> list[list[int]]:
+    """Rows by rising length, together while they fit `batch_frames` with padding."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(frames)), key=frames.__getitem__):
+        if not batches or (len(batches[-1]) + 1) * frames[row] > batch_frames:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def batch_features(
+    samples: Sequence[Tensor], config: FeatureConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Samples [N_b] each -> normalised log-mel [B, T, F] and lengths [B], on `device`."""
+    features = [log_mel(s, config) for s in samples]
+    lengths = torch.tensor([len(f) for f in features], dtype=torch.int64)
+    padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
+    return normalize(padded, lengths).to(device), lengths.to(device)
+
+
+# -- costs ---------------------------------------------------------------------------------------
+
+
+def measured_cost(encoder: CTCEncoder) -> SegmentCost:
+    """Milliseconds from one tested exit to the next, alone in its batch, as this machine is now.
+
+    Two utterances of noise are timed through the whole tower; between and beyond them time is
+    taken to rise evenly with the MACs, from a part that every layer costs however short its input.
+    """
+    config, macs = encoder.config, mac_cost(encoder.config)
+    times = [_milliseconds(encoder, frames) for frames in _PROBE_FRAMES]
+    sizes = [macs(0, config.num_layers, config.output_frames(f)) for f in _PROBE_FRAMES]
+    rate = max(0.0, (times[1] - times[0]) / (sizes[1] - sizes[0]))
+    each_layer = max(0.0, times[0] - rate * sizes[0]) / config.num_layers
+    return lambda start, stop, n: each_layer * (stop - start) + rate * macs(start, stop, n)
+
+
+def _milliseconds(encoder: CTCEncoder, num_frames: int) -> float:
+    """The median of three runs to the last exit, after one to warm up."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, num_frames, encoder.config.num_mels, generator=generator)
+    features, lengths = features.to(encoder.device), torch.tensor([num_frames])
+    taken = []
+    for _ in range(4):
+        elapsed = stopwatch()
+        early_exit(encoder, encoder.config.exits, features, lengths.to(encoder.device), FixedExit())
+        taken.append(elapsed())
+    return statistics.median(taken[1:])
+
+
+# -- options to parts ----------------------------------------------------------------------------
+
+
+def _policy(recognizer: Recognizer, options: TranscribeOptions) -> ExitPolicy:
+    policies: list[ExitPolicy] = []
+    if isinstance(options.exit_policy, str) and options.threshold is not None:
+        policies.append(POLICIES[options.exit_policy](options.threshold))
+    elif isinstance(options.exit_policy, str) or options.max_wer_increase is not None:
+        found = recognizer.calibration(options)
+        policies.append(found.policy(recognizer.config.exits))
+    elif options.exit_policy is not None:
+        policies.append(options.exit_policy)
+    if options.budget_ms is not None:
+        policies.append(Budget(options.budget_ms, measured_cost(recognizer.encoder)))
+    if options.budget_macs is not None:
+        policies.append(Budget(options.budget_macs, mac_cost(recognizer.config)))
+    if not policies:
+        return FixedExit(options.exit_layer)
+    return policies[0] if len(policies) == 1 else AnyOf(tuple(policies))
+
+
+def _decoder(
+    pieces: Sequence[str], options: TranscribeOptions, blank_id: int
+) -> Callable[[Tensor], Hypothesis] | None:
+    """[T, V] -> the text; None: the greedy one will do."""
+    if options.beam_size is None and options.lm is None and not options.hotwords:
+        return None
+    beam = BeamOptions() if options.beam_size is None else BeamOptions(options.beam_size)
+    scorer = None
+    if options.lm is not None or options.hotwords:
+        model = None if options.lm is None else LanguageModel(options.lm)
+        hotwords = [hotword_spelling(phrase, pieces) for phrase in options.hotwords]
+        scorer = WordScorer(pieces, model, hotwords)
+
+    def decode(log_probs: Tensor) -> Hypothesis:
+        return beam_search(log_probs, beam, scorer, blank_id)[0]
+
+    return decode

@@ -1,0 +1,183 @@
+"""Error rates and costs of a recogniser by policy, and calibration from the same pass."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import toy_speech
+from offramp.audio.io import read_audio
+from offramp.bench.asr import AsrData, CalibrateOptions, calibrate_model, run
+from offramp.bench.wer import character_edits, error_rate, word_edits
+from offramp.data.manifest import read_manifest
+from offramp.decoding.calibration import Calibration
+from offramp.decoding.early_exit_ctc import early_exit
+from offramp.decoding.exit_policies import Confidence, FixedExit
+from offramp.energy.cost import encoder_macs
+from offramp.errors import ConfigError, DataError, InputError
+from offramp.models.ctc_checkpoint import save_encoder
+from offramp.recognizer import CALIBRATION, Recognizer, batch_features
+from toy_encoder import randomize
+from toy_speech import CONFIG, random_texts
+
+FIGURES = {
+    "wer",
+    "wer_ci95",
+    "cer",
+    "mean_exit_layer",
+    "macs_per_audio_s",
+    "rtf",
+    "exit_histogram",
+}
+SHAKE = 0.25  # towards random weights
+NAMES = ["exit_1", "exit_2", "exit_3", "confidence", "entropy", "agreement"]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_speech.write_corpus(tmp_path_factory.mktemp("asr"), random_texts(11, seed=77))
+
+
+@pytest.fixture
+def folder(recogniser_folder: Path, tmp_path: Path) -> Path:
+    """The trained recogniser, but its weights shaken: it makes mistakes, others at each exit."""
+    model = Recognizer.load(recogniser_folder).encoder
+    noisy = toy_speech.CTCEncoder(CONFIG)
+    randomize(noisy, 1)
+    with torch.no_grad():
+        for ours, theirs in zip(noisy.parameters(), model.parameters(), strict=True):
+            ours.copy_(theirs + SHAKE * (ours - theirs))
+    files = {"tokenizer.json": toy_speech.tokenizer().to_json()}
+    save_encoder(noisy.eval(), tmp_path / "shaken", files=files)
+    return tmp_path / "shaken"
+
+
+def test_every_exit_is_what_single_utterances_give(folder: Path, manifest: Path) -> None:
+    report = run(folder, AsrData(manifest, "dev"))
+    assert list(report.policies) == NAMES
+    one, utterances = Recognizer.load(folder), read_manifest(manifest)
+    references = [u.text for u in utterances]
+    rates = set()
+    for exit_layer in CONFIG.exits:
+        texts, macs, audio_s = [], 0, 0.0
+        for utterance in utterances:
+            samples = read_audio(utterance.path)
+            x, lengths = batch_features([samples], one.features, torch.device("cpu"))
+            (left,) = early_exit(one.encoder, CONFIG.exits, x, lengths, FixedExit(exit_layer))
+            pieces = "".join(one.pieces[t] for t in left.hypothesis.tokens)
+            texts.append(pieces.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").strip())
+            macs += encoder_macs(CONFIG, int(lengths[0]), exit_layer)
+            audio_s += len(samples) / 16_000
+        made = report.policies[f"exit_{exit_layer}"]
+        expected = error_rate(word_edits(references, texts))
+        assert (made.wer, made.wer_ci95) == (expected.rate, expected.ci95)
+        assert made.cer == error_rate(character_edits(references, texts)).rate
+        assert made.macs_per_audio_s == pytest.approx(macs / audio_s)
+        assert made.mean_exit_layer == exit_layer and made.rtf > 0
+        assert made.exit_histogram == {str(e): 11 * (e == exit_layer) for e in CONFIG.exits}
+        rates.add(made.wer)
+    assert len(rates) > 1, "the recogniser makes mistakes, more at some exits than at others"
+
+
+def test_json_has_the_keys_that_are_promised(recogniser_folder: Path, manifest: Path) -> None:
+    report = run(recogniser_folder, AsrData(manifest))
+    read = json.loads(json.dumps(report.to_dict()))
+    assert set(read) == {"model", "data", "words", "policies"}
+    assert read["words"] == sum(len(u.text.split()) for u in read_manifest(manifest))
+    assert list(read["policies"]) == NAMES
+    for figures in read["policies"].values():
+        assert set(figures) == FIGURES
+        assert figures["wer"] == 0.0, "it has learned the two words"
+        assert set(figures["exit_histogram"]) == {"1", "2", "3"}
+        assert sum(figures["exit_histogram"].values()) == 11
+
+
+def test_thresholds_given_calibrated_or_common(folder: Path, manifest: Path) -> None:
+    given = {"confidence": 0.0, "entropy": -1.0, "agreement": 0.0}
+    made = run(folder, AsrData(manifest), given).policies
+    assert [made[rule].mean_exit_layer for rule in given] == [1, 3, 1]
+    Calibration("entropy", CONFIG.exits, -math.log(99.0), 0.1, 1.0, 50, 0.05, 0.0, 0.5, 1.0).save(
+        folder / CALIBRATION
+    )
+    made = run(folder, AsrData(manifest)).policies
+    assert [made[rule].calibrated for rule in given] == [False, True, False]
+    assert [made[rule].threshold for rule in given] == [0.95, -math.log(99.0), 1.0]
+    assert made["entropy"].mean_exit_layer == 1
+    again = run(folder, AsrData(manifest), {"entropy": -1.0}).policies["entropy"]
+    assert (again.threshold, again.calibrated, again.mean_exit_layer) == (-1.0, False, 3)
+    with pytest.raises(InputError, match="no rule 'patience'"):
+        run(folder, AsrData(manifest), {"patience": 1.0})
+
+
+def test_progress_covers_every_utterance(recogniser_folder: Path, manifest: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run(recogniser_folder, AsrData(manifest, limit=4), on_progress=lambda *at: seen.append(at))
+    assert seen[-1] == (4, 4)
+
+
+def test_references_are_normalised_and_what_has_no_reading_is_left_out(
+    recogniser_folder: Path, tmp_path: Path
+) -> None:
+    toy_speech.write_corpus(tmp_path, ["do mi", "mi mi", "do"])
+    manifest = tmp_path / "manifest.tsv"
+    lines = manifest.read_text().replace("\tdo mi\n", "\tDo, MI!\n").replace("\tdo\n", "\t42\n")
+    manifest.write_text(lines)
+    report = run(recogniser_folder, AsrData(manifest))
+    assert (report.words, report.utterances, report.left_out) == (4, 2, 1)
+    assert report.policies["exit_3"].wer == 0.0
+    manifest.write_text(lines.replace("Do, MI!", "1").replace("mi mi", "2"))
+    with pytest.raises(DataError, match="no text that can be normalised"):
+        run(recogniser_folder, AsrData(manifest))
+
+
+def test_a_recording_that_is_too_short_counts_as_deleted_words(
+    recogniser_folder: Path, tmp_path: Path
+) -> None:
+    toy_speech.write_corpus(tmp_path, ["do mi"])
+    toy_speech.write(tmp_path / "short.wav", torch.zeros(800))
+    with (tmp_path / "manifest.tsv").open("a") as file:
+        file.write("short.wav\t0.05\ts\tdev\tdo mi\n")
+    made = run(recogniser_folder, AsrData(tmp_path / "manifest.tsv")).policies["exit_1"]
+    assert made.wer == 0.5 and made.exit_histogram == {"1": 1, "2": 0, "3": 0}
+
+
+# -- calibration ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["confidence", "entropy", "agreement"])
+def test_a_calibrated_policy_does_on_its_data_what_it_says(
+    folder: Path, manifest: Path, rule: str
+) -> None:
+    found = calibrate_model(folder, AsrData(manifest), CalibrateOptions(40.0, rule))
+    assert found.threshold is not None and found.bound <= 0.4 and found.utterances == 11
+    found.save(folder / CALIBRATION)
+    made = run(folder, AsrData(manifest)).policies
+    assert made[rule].calibrated
+    assert made[rule].mean_exit_layer == pytest.approx(found.mean_exit_layer)
+    full = run(folder, AsrData(manifest), {rule: 2.0 if rule != "entropy" else -1.0})
+    spent = made[rule].macs_per_audio_s / full.policies[rule].macs_per_audio_s
+    assert 1 - spent == pytest.approx(found.saving)
+
+
+def test_too_few_utterances_certify_nothing(recogniser_folder: Path, manifest: Path) -> None:
+    found = calibrate_model(recogniser_folder, AsrData(manifest), CalibrateOptions(0.5))
+    assert found.threshold is None and found.guarantee.startswith("cannot certify +0.5 % WER")
+    capped = CalibrateOptions(0.5, cap=5.0)
+    found = calibrate_model(recogniser_folder, AsrData(manifest), capped)
+    assert found.threshold is not None and found.bound == pytest.approx(0.05 / 12)
+    assert found.mean_exit_layer == 1, "the first exit makes no more errors than the last"
+    assert found.policy(CONFIG.exits) == Confidence(found.threshold)
+
+
+def test_what_is_out_of_range_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="allowed: entropy, confidence, agreement"):
+        CalibrateOptions(0.5, "patience")
+    for wrong in ((0.0, 100.0), (0.5, -1.0)):
+        with pytest.raises(ConfigError, match="greater than 0"):
+            CalibrateOptions(wrong[0], cap=wrong[1])
+    with pytest.raises(ConfigError, match="limit is 0"):
+        AsrData(tmp_path / "m.tsv", limit=0)
