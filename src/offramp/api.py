@@ -86,7 +86,9 @@ class DraftOptions:
                 f"min_confidence is of no use to draft {self.kind!r}; leave one of them out"
             )
         if (self.kind == "model") != (self.model is not None):
-            raise InputError("draft 'model' and a draft model go together; give both or neither")
+            raise InputError(
+                "draft 'model' and a draft model (--draft-model) go together; give both or neither"
+            )
 
 
 def load(
