@@ -18,10 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offramp.audio.features import FeatureConfig, log_mel, normalize
+from offramp.audio.features import FeatureConfig, encoder_input
 from offramp.audio.io import SAMPLE_RATE, Source, stream_audio
 from offramp.audio.vad import Segment, VadOptions, find_speech
 from offramp.config import EncoderConfig, check_counts, check_positive
+from offramp.data.batching import pack
 from offramp.decoding.beam import BeamOptions, beam_search
 from offramp.decoding.calibration import Calibration
 from offramp.decoding.ctc import Hypothesis, geometric_mean, text, words
@@ -332,22 +333,16 @@ class Transcription:
 
 def length_batches(frames: Sequence[int], batch_frames: int) -> list[list[int]]:
     """Rows by rising length, together while they fit `batch_frames` with padding."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(frames)), key=frames.__getitem__):
-        if not batches or (len(batches[-1]) + 1) * frames[row] > batch_frames:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+    rows = sorted(range(len(frames)), key=frames.__getitem__)
+    return [[rows[i] for i in batch] for batch in pack([frames[r] for r in rows], batch_frames)]
 
 
 def batch_features(
     samples: Sequence[Tensor], config: FeatureConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Samples [N_b] each -> normalised log-mel [B, T, F] and lengths [B], on `device`."""
-    features = [log_mel(s, config) for s in samples]
-    lengths = torch.tensor([len(f) for f in features], dtype=torch.int64)
-    padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
-    return normalize(padded, lengths).to(device), lengths.to(device)
+    features, lengths = encoder_input(samples, config)
+    return features.to(device), lengths.to(device)
 
 
 # -- costs ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from extras import needs_kenlm
 from offramp.decoding.beam import BeamOptions, beam_search
 from offramp.decoding.ctc import text
 from offramp.decoding.lm import LanguageModel, WordScorer, WordScorerOptions, hotword_spelling
@@ -19,14 +20,6 @@ from offramp.errors import DataError, InputError
 TEXTS = ["the cat sat on the mat", "the cat ate the rat", "a rat sat on a cat", "rat rat rat"] * 2
 
 PIECES = ["", " the", " ca", "t", " ma", " ra", " s", "a", " rat", " on", " "]
-
-try:
-    import flashlight.lib.text.decoder.kenlm  # noqa: F401
-except ImportError:
-    HAS_KENLM = False
-else:
-    HAS_KENLM = True
-needs_kenlm = pytest.mark.skipif(not HAS_KENLM, reason="flashlight-text is not installed")
 
 
 # -- the model ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from extras import needs_kenlm
 from offramp.data import corpora
 from offramp.decoding.lm import LanguageModel
 from offramp.decoding.ngram import NGramOptions, arpa_words, train_ngram
@@ -24,14 +25,6 @@ TEXTS = [
     "rat rat rat",
     "and",
 ] * 2 + ["one more time the cat ate", "a mat and a mat on a mat"]
-
-try:
-    import flashlight.lib.text.decoder.kenlm  # noqa: F401
-except ImportError:
-    HAS_KENLM = False
-else:
-    HAS_KENLM = True
-needs_kenlm = pytest.mark.skipif(not HAS_KENLM, reason="flashlight-text is not installed")
 
 
 # -- the obvious reading of an ARPA file -------------------------------------------------------

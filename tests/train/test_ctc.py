@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import toy_encoder
+from offramp.decoding.exit_policies import edit_distance
 from offramp.errors import ConfigError, DataError
 from offramp.models.ctc import CTCEncoder
 from offramp.train.augment import SpecAugment
@@ -25,7 +26,6 @@ from offramp.train.ctc import (
     SpeechBatch,
     ctc_nll,
     distillation,
-    edit_distance,
     forward_exits,
     frames_needed,
 )

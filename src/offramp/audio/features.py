@@ -130,6 +130,17 @@ def normalize(features: Tensor, lengths: Tensor) -> Tensor:
     return centred / (variance + _VARIANCE_FLOOR).sqrt()
 
 
+def encoder_input(
+    utterances: Sequence[Tensor], config: FeatureConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Samples [N_b] each -> normalised features [B, T, num_mels] and lengths [B] (true frames).
+
+    What our recognisers read, in training as in use.
+    """
+    features, lengths = log_mel_batch(utterances, config)
+    return normalize(features, lengths), lengths
+
+
 def _log_mel(frames: Tensor, config: FeatureConfig) -> Tensor:
     """frames [T, window] -> [T, num_mels]."""
     window, filters = _constants(config, frames.device)

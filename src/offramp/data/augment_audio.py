@@ -20,11 +20,9 @@ import soxr  # type: ignore[import-untyped]
 import torch
 from torch import Generator, Tensor
 
+from offramp.audio.io import SAMPLE_RATE
 from offramp.config import check_counts, check_positive
 from offramp.errors import ConfigError, InputError
-
-SAMPLE_RATE = 16_000
-
 
 # -- one at a time ---------------------------------------------------------------------------
 

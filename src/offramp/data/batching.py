@@ -125,6 +125,22 @@ class PromptCompletions:
         return TokenBatch(tokens, targets, total)
 
 
+def pack(lengths: Sequence[float], limit: float) -> list[list[int]]:
+    """Neighbours together while the batch, padded to its longest, fits `limit`; their indices.
+
+    An item longer than `limit` is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    longest = 0.0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if not batches or (len(batches[-1]) + 1) * longest > limit:
+            batches.append([])
+            longest = length
+        batches[-1].append(index)
+    return batches
+
+
 def windows(
     tokens: np.ndarray, seq_len: int, batch_size: int, limit: int | None = None
 ) -> list[TokenBatch]:

@@ -33,11 +33,10 @@ import soxr  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
+from offramp.audio.io import SAMPLE_RATE
 from offramp.config import check_counts
 from offramp.data import corpora, espeak_child
 from offramp.errors import ConfigError, DataError, InputError
-
-SAMPLE_RATE = 16_000
 
 VOICES = (
     "gmw/en",  # Great Britain

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from offramp.config import check_range
 from offramp.decoding.ctc import greedy
+from offramp.decoding.exit_policies import edit_distance
 from offramp.errors import ConfigError, DataError
 from offramp.models.ctc import CTCEncoder
 from offramp.nn.layer_dropout import TIME_SCHEDULES, draw_survivors, time_factor
@@ -348,18 +349,6 @@ def _feasible(lengths: Tensor, targets: Sequence[Sequence[int]]) -> list[int]:
     """The rows whose text fits into their frames."""
     rows = zip(lengths.tolist(), targets, strict=True)
     return [row for row, (frames, text) in enumerate(rows) if frames >= frames_needed(text)]
-
-
-def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
-    """The least number of insertions, deletions and substitutions from `a` to `b`."""
-    wanted = np.asarray(b)
-    at = np.arange(len(b) + 1)
-    row = at
-    for token in a:
-        # Insertions run along the row: a running minimum over what is left after them.
-        best = np.minimum(row[1:] + 1, row[:-1] + (wanted != token))
-        row = np.minimum.accumulate(np.concatenate(([row[0] + 1], best)) - at) + at
-    return int(row[-1])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.audio.features import FeatureConfig, log_mel_batch, normalize
-from offramp.audio.io import read_audio
+from offramp.audio.features import encoder_input
+from offramp.audio.io import SAMPLE_RATE, read_audio
 from offramp.config import EncoderConfig, check_counts, check_positive
+from offramp.data import batching
 from offramp.data.augment_audio import AudioAugmentation
+from offramp.data.corpora import data_root
 from offramp.data.manifest import Utterance
 from offramp.data.speech import DigitString, connected_digits, normalized, speech_set
 from offramp.data.synthetic import (
@@ -189,24 +191,17 @@ class MixedSpeech:
 
 def pack(items: Sequence[SpeechItem], batch_seconds: float) -> list[list[SpeechItem]]:
     """Neighbours together, as many as fit `batch_seconds` with padding; each batch by length."""
-    batches: list[list[SpeechItem]] = []
-    longest = 0.0
-    for item in items:
-        longest = max(longest, item.seconds) if batches else item.seconds
-        if not batches or (len(batches[-1]) + 1) * longest > batch_seconds:
-            batches.append([])
-            longest = item.seconds
-        batches[-1].append(item)
-    return [sorted(batch, key=lambda item: item.seconds) for batch in batches]
+    batches = batching.pack([item.seconds for item in items], batch_seconds)
+    return [sorted((items[i] for i in rows), key=lambda item: item.seconds) for rows in batches]
 
 
 def speech_batch(
     samples: Sequence[Tensor], targets: Sequence[Sequence[int]], total_targets: int | None = None
 ) -> SpeechBatch:
     """Samples [N_b] each and their token ids, as normalised features."""
-    features, lengths = log_mel_batch(samples)
-    seconds = sum(map(len, samples)) / FeatureConfig().sample_rate
-    return SpeechBatch(normalize(features, lengths), lengths, targets, seconds, total_targets)
+    features, lengths = encoder_input(samples)
+    seconds = sum(map(len, samples)) / SAMPLE_RATE
+    return SpeechBatch(features, lengths, targets, seconds, total_targets)
 
 
 @dataclass(frozen=True)
@@ -281,7 +276,7 @@ class SpeechRecipe:
         if self.digit_strings:
             sources.append(Digits(self.digit_strings, self.train.seed))
         if self.synthetic_sentences:
-            sentences = book_sentences("train") + transcript_sentences("train")
+            sentences = _train_sentences(data_root())
             sources.append(Synthetic(sentences, self.synthetic_sentences, self.train.seed))
         return sources
 
@@ -306,8 +301,14 @@ class SpeechRecipe:
 
 def ctc_tokenizer(vocab_size: int) -> TextTokenizer:
     """The pieces of our recognisers, from the texts that synthetic speech says."""
-    sentences = book_sentences("train") + transcript_sentences("train")
+    sentences = _train_sentences(data_root())
     return train_ctc_bpe((sentence.text for sentence in sentences), vocab_size)
+
+
+@lru_cache(maxsize=1)
+def _train_sentences(root: Path) -> tuple[Sentence, ...]:
+    """What synthetic speech says in training: read once, for the pieces and for the voices."""
+    return (*book_sentences("train", root), *transcript_sentences("train", root))
 
 
 def _digit_seconds(string: DigitString) -> float:
