@@ -56,9 +56,9 @@ class TextTokenizer:
         found = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
         return [piece or "" for piece in found]
 
-    def to_json(self) -> str:
-        """All that determines the tokenizer, as text."""
-        return self._tokenizer.to_str()
+    def to_json(self, pretty: bool = False) -> str:
+        """All that determines the tokenizer, as text; pretty: as `save` writes it."""
+        return self._tokenizer.to_str(pretty=pretty)
 
     def save(self, path: Path) -> None:
         self._tokenizer.save(str(path))

@@ -5,33 +5,31 @@ Tokenizer and feature settings are further files of the folder; the caller write
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.config import EncoderConfig
 from offramp.errors import CheckpointError, ConfigError
-from offramp.files import replacing
 from offramp.models.ctc import CTCEncoder
 from offramp.models.hub import (
     ENCODER_TYPE,
-    _read_json,
-    _read_tensors,
-    _take,
-    _write_json,
     check_target,
+    read_json,
+    read_tensors,
+    refuse_unexplained,
+    take,
+    write_checkpoint,
 )
 
 
 def load_encoder_config(folder: Path) -> EncoderConfig:
     """The encoder that `folder`/config.json describes; CheckpointError: it describes none."""
     path = folder / "config.json"
-    values = _read_json(path)
+    values = read_json(path)
     kind = values.pop("model_type", None)
     if kind != ENCODER_TYPE:
         raise CheckpointError(
@@ -50,17 +48,13 @@ def load_encoder(
     """The encoder in `folder`, every tensor checked by name and shape; frozen, in eval mode."""
     with torch.device("meta"):
         model = CTCEncoder(load_encoder_config(folder))
-    stored = dict(_read_tensors(folder))
+    stored = dict(read_tensors(folder))
     state = {}
     for name, wanted in model.state_dict().items():
-        tensor = _take(stored, name, wanted.shape, folder)
+        tensor = take(stored, name, wanted.shape, folder)
         kind = dtype if wanted.is_floating_point() else wanted.dtype
         state[name] = tensor.to(device=device, dtype=kind)
-    if stored:
-        raise CheckpointError(
-            f"{folder} holds {len(stored)} tensors that config.json does not explain "
-            f"(first: {min(stored)}); the files are not of one checkpoint"
-        )
+    refuse_unexplained(folder, sorted(stored))
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False)
     return model.eval()
@@ -82,11 +76,5 @@ def save_encoder(
     for name, tensor in model.state_dict().items():
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         tensors[name] = tensor.detach().to("cpu", kind).contiguous().clone()
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
-        _write_json(temporary / "config.json", {"model_type": ENCODER_TYPE, **asdict(model.config)})
-        # safetensors lets only the owner read, whatever the umask.
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
-        for name, text in (files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
+    config = {"model_type": ENCODER_TYPE, **asdict(model.config)}
+    write_checkpoint(folder, tensors, config, files or {})

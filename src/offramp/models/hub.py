@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def shipped() -> list[str]:
 
 def load_config(folder: Path) -> DecoderConfig:
     """The tower in `folder`; generation_config.json may name further tokens that end a text."""
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if values.get("model_type") == ENCODER_TYPE:
         raise CheckpointError(
             f"{folder} holds a speech recogniser, which writes no text by itself; give it to "
@@ -97,7 +97,7 @@ def load_config(folder: Path) -> DecoderConfig:
     path = folder / "generation_config.json"
     if not path.exists():
         return config
-    both = (*config.eos_ids, *eos_ids(_read_json(path)))
+    both = (*config.eos_ids, *eos_ids(read_json(path)))
     return replace(config, eos_ids=tuple(dict.fromkeys(both)))
 
 
@@ -109,7 +109,7 @@ def load_defaults(folder: Path) -> DraftDefaults:
     config = load_config(folder)
     limits = {"exit_layer": config.num_layers, "num_draft_tokens": config.max_positions}
     try:
-        defaults = strict(DraftDefaults, _read_json(path))
+        defaults = strict(DraftDefaults, read_json(path))
         for name, value in asdict(defaults).items():
             if value is not None:
                 check_counts(1, **{name: value})
@@ -139,11 +139,11 @@ def load_decoder(
     with torch.device("meta"):
         model = DecoderLM(config)
     wanted = {name: p.shape for name, p in model.named_parameters()}
-    theirs = dict(_read_tensors(folder))
+    theirs = dict(read_tensors(folder))
     state = {}
     for name, shape in wanted.items():
         parts = [
-            _take(theirs, part, (rows, *shape[1:]), folder)
+            take(theirs, part, (rows, *shape[1:]), folder)
             for part, rows in _their_rows(name, shape[0], config)
         ]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -151,11 +151,7 @@ def load_decoder(
     ignored = ["rotary_emb.inv_freq"]
     if config.tied_embeddings:
         ignored.append("lm_head.weight")  # the embedding once more
-    if left := [name for name in theirs if not name.endswith(tuple(ignored))]:
-        raise CheckpointError(
-            f"{folder} holds {len(left)} tensors that config.json does not explain "
-            f"(first: {left[0]}); the files are not of one checkpoint"
-        )
+    refuse_unexplained(folder, [name for name in theirs if not name.endswith(tuple(ignored))])
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False)
     return model.eval()
@@ -194,19 +190,39 @@ def save_decoder(
             theirs[their_name] = part.detach().to("cpu", dtype or p.dtype).contiguous().clone()
     stored = next(iter(theirs.values())).dtype
     raw = to_hf(config) | {"dtype": str(stored).removeprefix("torch.")}
+    own: dict[str, str] = {}
+    if tokenizer is not None:
+        own["tokenizer.json"] = tokenizer.to_json(pretty=True)
+        own["tokenizer_config.json"] = json_text(_tokenizer_config(tokenizer))
+    if defaults is not None:
+        own["offramp.json"] = json_text(asdict(defaults))
+    write_checkpoint(folder, theirs, raw, own | dict(files or {}))
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: Mapping[str, Any],
+    files: Mapping[str, str],
+) -> None:
+    """Weights, config.json and `files` (name -> text) in `folder`'s place, whole or not at all."""
     with replacing(folder) as temporary:
         temporary.mkdir()
-        save_file(theirs, temporary / "model.safetensors", {"format": "pt"})
-        _write_json(temporary / "config.json", raw)
+        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+        texts = {"config.json": json_text(config), **files}
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         # safetensors lets only the owner read, whatever the umask.
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
-        if tokenizer is not None:
-            tokenizer.save(temporary / "tokenizer.json")
-            _write_json(temporary / "tokenizer_config.json", _tokenizer_config(tokenizer))
-        if defaults is not None:
-            _write_json(temporary / "offramp.json", asdict(defaults))
-        for name, text in (files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
+
+
+def refuse_unexplained(folder: Path, names: Sequence[str]) -> None:
+    """CheckpointError if tensors `names` are left that the configuration has no place for."""
+    if names:
+        raise CheckpointError(
+            f"{folder} holds {len(names)} tensors that config.json does not explain "
+            f"(first: {names[0]}); the files are not of one checkpoint"
+        )
 
 
 def check_target(folder: Path) -> None:
@@ -249,7 +265,7 @@ def _their_rows(name: str, rows: int, config: DecoderConfig) -> list[tuple[str, 
     return [(part, rows // len(names)) for part in names]
 
 
-def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
+def take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
     if name not in tensors:
         raise CheckpointError(
             f"{folder} lacks the tensor {name}; the checkpoint is incomplete, fetch it anew"
@@ -262,7 +278,7 @@ def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder:
     return tensors.pop(name)
 
 
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in _weight_files(folder):
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -281,7 +297,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        shards = _read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
             raise CheckpointError(
                 f"{index} has no weight_map from tensors to files; fetch the checkpoint anew"
@@ -293,7 +309,7 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -305,8 +321,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def json_text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _download(name: str) -> Path:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.config import check_range
+from offramp.config import check_choice, check_range
 from offramp.decoding.ctc import greedy
 from offramp.decoding.exit_policies import edit_distance
 from offramp.errors import ConfigError, DataError
@@ -105,13 +105,10 @@ class CTCTraining:
     def __post_init__(self) -> None:
         check_range(0, early_exit_scale=self.early_exit_scale)
         check_range(0, 1, p_max=self.p_max)
-        if self.dropout_schedule not in TIME_SCHEDULES:
-            raise ConfigError(
-                f"dropout_schedule is {self.dropout_schedule!r}; "
-                f"allowed: {', '.join(TIME_SCHEDULES)}"
-            )
-        if self.autocast not in ("bf16", "none"):
-            raise ConfigError(f"autocast is {self.autocast!r}; allowed: bf16, none")
+        check_choice(
+            dropout_schedule=(self.dropout_schedule, TIME_SCHEDULES),
+            autocast=(self.autocast, ("bf16", "none")),
+        )
         if not 0.0 <= self.distill <= 1.0:
             raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")
 

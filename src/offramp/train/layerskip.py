@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from offramp.config import check_range
+from offramp.config import check_choice, check_range
 from offramp.data.batching import IGNORE, TokenBatches
 from offramp.errors import ConfigError
 from offramp.models.decoder_lm import DecoderLM
@@ -41,11 +41,7 @@ class LayerSkipConfig:
     def __post_init__(self) -> None:
         check_range(0, 1, p_max=self.p_max)
         check_range(0, early_exit_scale=self.early_exit_scale)
-        if self.dropout_schedule not in TIME_SCHEDULES:
-            raise ConfigError(
-                f"dropout_schedule is {self.dropout_schedule!r}; "
-                f"allowed: {', '.join(TIME_SCHEDULES)}"
-            )
+        check_choice(dropout_schedule=(self.dropout_schedule, TIME_SCHEDULES))
         if not 0.0 <= self.distill <= 1.0:
             raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")
 
