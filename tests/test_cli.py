@@ -111,6 +111,14 @@ def test_the_prompt_may_come_from_standard_input(checkpoint):
         (["transcribe", "{wav}", "--model", "{asr}", "-o", "{text}/x"], "cannot write to"),
         (["transcribe", "{wav}", "--model", "{asr}", "--trail"], "trail goes into json only"),
         (["transcribe", "--model", "{asr}"], "FILES"),
+        (["transcribe", "{wav}", "--model", "{asr}", "--lm-weight", "1"], "lm_weight needs"),
+        (["transcribe", "{wav}", "--model", "{asr}", "--beam-size", "0"], "beam_size is 0"),
+        (["transcribe", "{wav}", "--model", "{asr}", "--lm", "none.arpa"], "none.arpa is missing"),
+        (["train-ngram", "none.txt", "-o", "lm.arpa"], "none.txt is missing"),
+        (["train-ngram", "{text}", "-o", "no/lm.arpa"], "no folder you may write to"),
+        (["train-ngram", "{text}", "-o", "lm.arpa", "--order", "9"], "order is 9"),
+        (["train-ngram", "{empty}", "-o", "lm.arpa"], "no words to learn from"),
+        (["train-ngram", "-o", "lm.arpa"], "TEXTS"),
         (["transcribe", "{wav}", "--model", "{asr}", "--nonsense", "1"], "--nonsense"),
         (["eval", "asr", "--model", "{asr}", "--data", "none.tsv"], "none.tsv"),
         (["eval", "asr", "--model", "{asr}", "--data", "{text}"], "must end in .tsv"),
@@ -150,6 +158,7 @@ def test_help_names_every_verb(capsys):
         "transcribe",
         "calibrate",
         "train",
+        "train-ngram",
         "eval",
         "tune",
         "bench",
@@ -256,6 +265,35 @@ def test_eval_asr_writes_its_figures(capsys, tmp_path, recogniser_folder):
     assert read["model"] == str(recogniser_folder) and read["data"] == str(manifest)
     assert read["policies"]["confidence"]["mean_exit_layer"] == 1
     assert read["policies"]["exit_3"]["wer"] == 0.0
+    assert "beam" not in read["policies"]
+    status, _, _ = offramp(capsys, *words, "--beam-size", "4", "--limit", "2")
+    made = json.loads((tmp_path / "r.json").read_text())["policies"]["beam"]
+    assert status == 0 and set(made) == set(read["policies"]["exit_3"]) and made["wer"] == 0.0
+
+
+def test_a_language_model_from_texts_goes_into_the_search(
+    capsys, tmp_path, recogniser_folder, spoken
+):
+    (tmp_path / "a.txt").write_text("Do mi! Do\nmi do.\n\nMi do. It is 5.\n")
+    (tmp_path / "b.txt").write_text("mi\ndo mi\n")
+    target = tmp_path / "lm.arpa"
+    texts = (str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))
+    words = ("train-ngram", *texts, "--min-count", "1", "--out", str(target))
+    status, out, _ = offramp(capsys, *words)
+    assert status == 0 and "5 words, 6 groups of 2, 6 groups of 3" in out, out
+    pytest.importorskip("flashlight.lib.text.decoder.kenlm", reason="flashlight-text")
+    files = transcribe(recogniser_folder, spoken / "a.wav", "--lm", target, "--lm-weight", "0.1")
+    assert offramp(capsys, *files) == (0, "do mi\n", "")
+
+
+def test_the_extra_that_a_language_model_needs_is_named(
+    capsys, monkeypatch, tmp_path, recogniser_folder, spoken
+):
+    monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder.kenlm", None)
+    words = transcribe(recogniser_folder, spoken / "a.wav", "--lm", tmp_path / "lm.arpa")
+    status, out, err = offramp(capsys, *words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "flashlight-text: pip install" in err and "offramp[lm]" in err
 
 
 def test_a_terminal_shows_the_same_text_as_it_comes(capsys, monkeypatch, recogniser_folder, spoken):

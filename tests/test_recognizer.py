@@ -325,6 +325,7 @@ def test_measured_costs_rise_with_depth_and_length(random_one: Recognizer) -> No
         ),
         ({"exit_policy": Confidence(), "max_wer_increase": 1.0}, "cannot be calibrated"),
         ({"calibration": Path("c.json")}, "give exit_policy or max_wer_increase"),
+        ({"lm_weight": 0.5}, "lm_weight needs the lm"),
         ({"exit_policy": "patience"}, "allowed: entropy, confidence, agreement"),
         ({"exit_policy": "entropy", "threshold": float("nan")}, "threshold is nan"),
         ({"exit_layer": 4}, "exits at 1, 2, 3"),
@@ -435,6 +436,8 @@ def test_a_language_model_decides_among_what_was_heard(toy: Recognizer, tmp_path
     train_ngram(["do mi do", "mi do"] * 3, 2, tmp_path / "lm.arpa")
     options = replace(GREEDY, lm=tmp_path / "lm.arpa", beam_size=4)
     assert toy.transcribe(wav(speak("mi do mi")), options).text == "mi do mi"
+    heavy = replace(options, lm_weight=100.0)  # nothing ends so, for this model
+    assert toy.transcribe(wav(speak("mi do mi")), heavy).text != "mi do mi"
     with pytest.raises(DataError, match=r"none\.arpa is missing"):
         toy.plan(TranscribeOptions(lm=tmp_path / "none.arpa"))
 

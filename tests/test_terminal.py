@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ from rich.console import Console
 
 from offramp import demo, terminal
 from offramp.api import DraftOptions, load
+from offramp.audio.vad import VadOptions
+from offramp.decoding.calibration import Calibration
 from offramp.decoding.stopping import Stop
-from offramp.errors import InputError, OfframpError
+from offramp.errors import CheckpointError, InputError, OfframpError
+from offramp.models import hub
+from offramp.recognizer import CALIBRATION, Recognizer, TranscribeOptions
 from offramp.results import Step
 from offramp.train.loop import Evaluated, StepDone
 
@@ -90,3 +95,36 @@ def test_the_demo_shows_both_ways_and_fails_if_they_differ(monkeypatch, checkpoi
 
     with pytest.raises(OfframpError, match="a defect of ours"):
         demo._show(Broken(), "toy", "the count", 12)
+
+
+def test_the_demo_shows_what_each_exit_wrote_of_the_recording(monkeypatch, recogniser_folder):
+    shown = capture(monkeypatch)
+    demo._speech(str(recogniser_folder))
+    recognizer, text = Recognizer.load(recogniser_folder), shown.getvalue()
+    whole = VadOptions(detector="energy")
+    for exit_layer in recognizer.config.exits:
+        options = TranscribeOptions(exit_layer=exit_layer, vad=whole)
+        made = recognizer.transcribe(demo.RECORDING, options)
+        assert len(made.segments) == 1 and made.audio_s > 3
+        assert f"exit {exit_layer}  {made.text}\n" in text
+    assert "confidence policy (common threshold) left after" in text
+
+
+def test_the_demo_takes_the_calibrated_policy(monkeypatch, tmp_path, recogniser_folder):
+    folder = shutil.copytree(recogniser_folder, tmp_path / "toy")
+    certified = Calibration("agreement", (1, 2, 3), 0.0, 0.1, 1.0, 50, 0.05, 0.0, 0.5, 1.0)
+    certified.save(folder / CALIBRATION)
+    shown = capture(monkeypatch)
+    demo._speech(str(folder))
+    assert "agreement policy (calibrated threshold) left after 1 of 3 layers" in shown.getvalue()
+
+
+def test_the_demo_fails_where_the_recogniser_does_not_ship(monkeypatch, tmp_path):
+    monkeypatch.setitem(hub.SHIPPED, "asr-tiny", tmp_path / "none")
+    with pytest.raises(CheckpointError, match="asr-tiny does not come with this version"):
+        demo._speech()
+
+
+def test_word_errors_are_counted_by_word():
+    assert demo._word_errors(["they", "obeyed", "him"], ["they", "obey", "him", "so"]) == 2
+    assert demo._word_errors(["a"], []) == 1 and demo._word_errors([], []) == 0

@@ -105,6 +105,7 @@ def transcribe(
     budget_macs: float | None = None,
     beam_size: int | None = None,
     lm: Path | None = None,
+    lm_weight: float | None = None,
     hotword: tuple[str, ...] = (),
     detector: Literal["auto", "silero", "energy"] = "auto",
     trail: bool = False,
@@ -125,14 +126,15 @@ def transcribe(
     budget_ms: Go no deeper than fits this time, per segment of speech.
     budget_macs: Go no deeper than fits so many multiply-accumulates, per segment of speech.
     beam_size: Beam search with this many prefixes; default: greedy.
-    lm: N-gram language model (ARPA or KenLM file) for the beam search.
+    lm: N-gram language model for the beam search: an ARPA file, such as train-ngram makes.
+    lm_weight: How much the language model counts against what was heard; default: 0.5.
     hotword: Words to expect (may be given several times).
     detector: What finds speech; default: silero-vad if it is installed, else loudness.
     trail: With --format json: also what every tested exit wrote.
     """
-    from offramp import terminal
     from offramp.audio.vad import VadOptions
     from offramp.recognizer import Recognizer, TranscribeOptions
+    from offramp.transcript_output import TranscriptOutput
 
     options = TranscribeOptions(
         exit_policy,
@@ -144,11 +146,12 @@ def transcribe(
         budget_macs,
         beam_size,
         lm,
+        lm_weight,
         hotword,
         trail=trail,
         vad=VadOptions(detector=detector),
     )
-    output = terminal.TranscriptOutput(files, format, out, trail)
+    output = TranscriptOutput(files, format, out, trail)
     _set_threads(threads)
     if output.write(Recognizer.load(model, device=device), options):
         sys.exit(1)
@@ -225,6 +228,38 @@ def train(
     terminal.out.print(f"The checkpoint is in {folder / 'checkpoint'}")
 
 
+@app.command
+def train_ngram(
+    texts: Annotated[tuple[Path, ...], Parameter(name="TEXTS")],
+    /,
+    *,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    order: int = 3,
+    min_count: int = 2,
+    min_word_count: int = 1,
+) -> None:
+    """Make the language model that --lm takes (an ARPA file) from plain text.
+
+    Parameters
+    ----------
+    texts: UTF-8 files: books with empty lines between paragraphs, or a sentence per line.
+    out: File to write.
+    order: Words looked at together.
+    min_count: Leave out groups of three words and more that were seen less often.
+    min_word_count: Leave out rarer words.
+    """
+    from offramp import terminal
+    from offramp.data.sentences import file_sentences
+    from offramp.decoding.ngram import NGramOptions
+    from offramp.decoding.ngram import train_ngram as worker
+
+    terminal.check_writable(out)
+    options = NGramOptions(min_count, min_word_count)
+    sizes = worker((s for text in texts for s in file_sentences(text)), order, out, options)
+    groups = ", ".join(f"{size:,} groups of {n}" for n, size in enumerate(sizes[1:], start=2))
+    terminal.out.print(f"{out} has {sizes[0]:,} words, {groups}")
+
+
 @eval_app.command
 def exits(
     *,
@@ -266,11 +301,16 @@ def asr(
     confidence: float | None = None,
     entropy: float | None = None,
     agreement: float | None = None,
+    beam_size: int | None = None,
+    lm: Path | None = None,
+    lm_weight: float | None = None,
     device: str = "cpu",
     threads: Threads = None,
     json: Json = None,
 ) -> None:
     """Word and character error rates at every exit and under every exit policy.
+
+    References and what is written are compared in lower case, without punctuation.
 
     Parameters
     ----------
@@ -280,16 +320,20 @@ def asr(
     confidence: Threshold; default: the calibrated one, or 0.95.
     entropy: Threshold; default: the calibrated one, or 0.1.
     agreement: Threshold; default: the calibrated one, or 1.
+    beam_size: Also search with this many prefixes, at the last exit.
+    lm: Also search with this n-gram language model (an ARPA file), at the last exit.
+    lm_weight: How much the language model counts against what was heard; default: 0.5.
     """
     from offramp import terminal
-    from offramp.bench.asr import AsrData, run
+    from offramp.bench.asr import AsrData, AsrOptions, run
 
     terminal.check_writable(json)
     _set_threads(threads)
     given = {"confidence": confidence, "entropy": entropy, "agreement": agreement}
     thresholds = {rule: value for rule, value in given.items() if value is not None}
+    options = AsrOptions(thresholds, beam_size, lm, lm_weight)
     with terminal.progress(f"asr, {model}") as tell:
-        report = run(model, AsrData(data, split, limit), thresholds, device, tell)
+        report = run(model, AsrData(data, split, limit), options, device, tell)
     terminal.show_asr(report)
     terminal.write_json(json, report.to_dict())
 
@@ -374,6 +418,30 @@ def layerskip(
     terminal.write_json(json, report.to_dict())
 
 
+@bench_app.command
+def splitformer(
+    *,
+    runs: Path | None = None,
+    threads: Annotated[int, Parameter(help="CPU threads.")] = 1,
+    json: Json = None,
+) -> None:
+    """WER, operations and CPU time of Splitformer, its controls and ours, at every exit.
+
+    Parameters
+    ----------
+    runs: Folder that recipes/splitformer_ablation.py trained into, one ARM-SEED for each run.
+    """
+    from offramp import terminal
+    from offramp.bench.splitformer import RUNS, SplitformerOptions, run
+
+    terminal.check_writable(json)
+    _set_threads(threads)
+    with terminal.progress("bench splitformer") as tell:
+        report = run(SplitformerOptions(runs or RUNS), tell)
+    terminal.show_splitformer(report)
+    terminal.write_json(json, report.to_dict())
+
+
 @app.command
 def fetch(name: str, *, root: Path | None = None, accept_unverified: bool = False) -> None:
     """Download a public corpus into the data folder.
@@ -394,7 +462,7 @@ def fetch(name: str, *, root: Path | None = None, accept_unverified: bool = Fals
 
 @app.command
 def demo() -> None:
-    """Generate text with and without drafts, with the models that ship."""
+    """The main jobs on real input, with the models that ship."""
     from offramp.demo import run
 
     run()

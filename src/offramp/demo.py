@@ -1,25 +1,35 @@
-"""`offramp demo`: the main job on real input, with the checkpoints that ship.
+"""`offramp demo`: the main jobs on real input, with the checkpoints that ship.
 
 For each prompt: the text as drafts make it, then the same text token by token, whether the two
-are identical, and what each cost.
+are identical, and what each cost. For a recording: what each exit writes, where the exit policy
+leaves, and what that saves.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
 from offramp import terminal
 from offramp.api import DraftOptions, Model, load
+from offramp.audio.vad import VadOptions
+from offramp.bench.asr import exit_candidates
 from offramp.data.corpora import parse_prompt
+from offramp.data.speech import normalize_text
+from offramp.decoding.exit_policies import edit_distance
 from offramp.decoding.stopping import Stop
 from offramp.errors import OfframpError
-from offramp.results import DecodeStats
+from offramp.recognizer import Recognizer, TranscribeOptions
+from offramp.results import DecodeStats, Transcript
 
 UTTERANCES = (
     "How long will it take to drive from Chicago to Mississippi",
     "Are there any free concerts in Seattle this weekend",
 )
 BEGINNING = "The count opened the"
+RECORDING = Path(__file__).parent / "samples" / "kathleen_a0339.flac"
+SAID = "They obeyed him, and went here and there at his commands."
 
 
 def run() -> None:
@@ -68,3 +78,62 @@ def _medians(model: Model, prompt: str, stop: Stop, rounds: int = 5) -> dict[str
         for name, draft in ways.items():
             runs[name].append(model.generate(prompt, draft=draft, stop=stop).stats)
     return {name: sorted(made, key=lambda s: s.seconds)[rounds // 2] for name, made in runs.items()}
+
+
+def _speech(model: str = "asr-tiny") -> None:
+    """A recording at every exit, and under the calibrated policy; without one, under confidence
+    with a common threshold."""
+    recognizer = Recognizer.load(model)
+    found = exit_candidates(recognizer, {})
+    rule = next((name for name, c in found.items() if c.calibrated), "confidence")
+    policy = f"{rule} policy"
+    whole = VadOptions(detector="energy")  # one sentence: nothing to find, and no extra needed
+    ways = {
+        f"exit {e}": TranscribeOptions(exit_layer=e, vad=whole) for e in recognizer.config.exits
+    }
+    ways[policy] = TranscribeOptions(exit_policy=found[rule].policy, vad=whole)
+    made = _transcripts(recognizer, ways)
+    terminal.out.print(f"{model}: {RECORDING.name}, {SAID!r}", style="cyan")
+    for name, transcript in made.items():
+        terminal.out.print(f"{name:>17}  {transcript.text}", markup=False)
+    _show_costs(made, normalize_text(SAID).split())
+    threshold = "calibrated" if found[rule].calibrated else "common"
+    left = terminal.number(made[policy].mean_exit_layer, 0)
+    terminal.out.print(
+        f"The {policy} ({threshold} threshold) left after {left} of "
+        f"{recognizer.config.num_layers} layers.\n"
+    )
+
+
+def _show_costs(made: dict[str, Transcript], words: list[str]) -> None:
+    """A row per way: word errors, exit layer, and what it cost."""
+    most = max(transcript.macs for transcript in made.values())
+    rows = [
+        [
+            name,
+            str(_word_errors(words, transcript.text.split())),
+            terminal.number(transcript.mean_exit_layer, 0),
+            terminal.number(transcript.macs / 1e6, 0),
+            f"{100 * (1 - transcript.macs / most):.0f} %",
+            terminal.number(transcript.rtf, 3),
+        ]
+        for name, transcript in made.items()
+    ]
+    columns = ("", f"wrong of {len(words)} words", "exit layer", "million MACs", "saved", "RTF")
+    terminal.table("", columns, rows)
+
+
+def _transcripts(
+    recognizer: Recognizer, ways: dict[str, TranscribeOptions], rounds: int = 3
+) -> dict[str, Transcript]:
+    """The run of median time of each way, after one to warm up; the ways take turns."""
+    runs: dict[str, list[Transcript]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, options in ways.items():
+            runs[name].append(recognizer.transcribe(RECORDING, options))
+    return {name: sorted(r[1:], key=lambda t: t.seconds)[rounds // 2] for name, r in runs.items()}
+
+
+def _word_errors(reference: list[str], written: list[str]) -> int:
+    number = {word: i for i, word in enumerate({*reference, *written})}
+    return edit_distance([number[w] for w in reference], [number[w] for w in written])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,12 +37,15 @@ from offramp.decoding.exit_policies import (
     FrameEntropy,
     SegmentCost,
 )
-from offramp.decoding.lm import LanguageModel, WordScorer, hotword_spelling
+from offramp.decoding.lm import LanguageModel, WordScorer, WordScorerOptions, hotword_spelling
 from offramp.energy.cost import mac_cost, trail_macs
+from offramp.energy.hf_cost import shape_mac_cost, shape_trail_macs
 from offramp.errors import CheckpointError, InputError
 from offramp.models import hub
 from offramp.models.ctc import CTCEncoder
 from offramp.models.ctc_checkpoint import load_encoder
+from offramp.models.hf_checkpoint import PretrainedReader, PretrainedSpeech, is_pretrained
+from offramp.models.hf_ctc import PretrainedConfig, PretrainedCTCEncoder
 from offramp.nn.device import choose_device
 from offramp.results import ExitText, Transcript, TranscriptSegment, Word
 from offramp.tokenizer import BLANK, TextTokenizer
@@ -53,8 +56,10 @@ POLICIES: dict[str, Callable[[float], ExitPolicy]] = {
     "confidence": Confidence,
     "agreement": Agreement,
 }
-_BATCH_FRAMES = 4_000  # feature frames of a batch, padding included: 40 s
-_PROBE_FRAMES = (100, 800)  # 1 s and 8 s: what a run costs is measured on these
+Decode = Callable[[Tensor], Hypothesis]  # [T, V] without padding -> its text
+Features = FeatureConfig | PretrainedReader  # what an encoder reads
+_BATCH_SAMPLES = 40 * SAMPLE_RATE  # of a batch, padding included
+_PROBE_S = (1, 8)  # what a run costs is measured on these
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,9 @@ class TranscribeOptions:
     one by one, timed from their features on to the exit.
 
     beam_size: prefixes kept in a beam search at the exit taken; None: greedy, or 16 where lm (an
-    ARPA or KenLM file) or hotwords need one. batch_size: segments read ahead and batched. trail:
-    keep what every tested exit wrote. Raises InputError for options that contradict each other.
+    ARPA file) or hotwords need one. lm_weight: how much the language model counts; None:
+    as `WordScorerOptions` has it. batch_size: segments read ahead and batched. trail: keep what
+    every tested exit wrote. Raises InputError for options that contradict each other.
     """
 
     exit_policy: Literal["entropy", "confidence", "agreement"] | ExitPolicy | None = None
@@ -83,6 +89,7 @@ class TranscribeOptions:
     budget_macs: float | None = None
     beam_size: int | None = None
     lm: Path | None = None
+    lm_weight: float | None = None
     hotwords: tuple[str, ...] = ()
     batch_size: int = 8
     trail: bool = False
@@ -130,25 +137,43 @@ class TranscribeOptions:
                 raise InputError(
                     "calibration says where thresholds are; give exit_policy or max_wer_increase"
                 )
+        if self.lm_weight is not None and self.lm is None:
+            raise InputError("lm_weight needs the lm that it is for; give both or neither")
 
 
 class Recognizer:
     """An encoder with its pieces. One recording at a time; loading is the slow part, so keep it.
 
-    pieces: what each token id writes, with U+2581 or a space where a word starts.
+    pieces: what each token id writes, with U+2581 or a space where a word starts. features: what
+    the encoder reads; our log-mel, or what belongs to a transformers model.
     """
 
     def __init__(
-        self, encoder: CTCEncoder, pieces: Sequence[str], folder: Path | None = None
+        self,
+        encoder: CTCEncoder | PretrainedCTCEncoder,
+        pieces: Sequence[str],
+        folder: Path | None = None,
+        features: PretrainedReader | None = None,
     ) -> None:
-        self.encoder, self.pieces, self.folder = encoder, tuple(pieces), folder
-        self.features = FeatureConfig(num_mels=encoder.config.num_mels)
+        # One of the two; their states differ in type, so no union of them can be run.
+        self.encoder: Any = encoder
+        self.pieces, self.folder = tuple(pieces), folder
+        self.features: Features
+        if features is not None:
+            self.features = features
+        else:
+            assert isinstance(encoder, CTCEncoder), "a transformers model comes with its features"
+            self.features = FeatureConfig(num_mels=encoder.config.num_mels)
         self._plan: tuple[TranscribeOptions, _Plan] | None = None
 
     @classmethod
     def load(cls, model: str | Path = "asr-tiny", *, device: str = "cpu") -> Recognizer:
         """A shipped name, a folder or a hub id; CheckpointError: no recogniser is there."""
         folder = hub.resolve(str(model))
+        if is_pretrained(folder):
+            speech = PretrainedSpeech.load(folder, device=choose_device(device))
+            speech.encoder.requires_grad_(False)
+            return cls(speech.encoder, speech.reader.pieces, folder, speech.reader)
         encoder = load_encoder(folder, choose_device(device))
         tokenizer = TextTokenizer.load(folder / "tokenizer.json")
         size, blank = encoder.config.vocab_size, encoder.config.blank_id
@@ -162,8 +187,17 @@ class Recognizer:
         return cls(encoder, pieces + [""] * (size - len(pieces)), folder)
 
     @property
-    def config(self) -> EncoderConfig:
-        return self.encoder.config
+    def config(self) -> EncoderConfig | PretrainedConfig:
+        config: EncoderConfig | PretrainedConfig = self.encoder.config
+        return config
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds from one frame of the tower to the next."""
+        if isinstance(self.features, PretrainedReader):
+            return self.features.frame_s
+        assert isinstance(self.config, EncoderConfig)
+        return self.config.subsampling * self.features.hop / SAMPLE_RATE
 
     def transcribe(self, source: Source, options: TranscribeOptions | None = None) -> Transcript:
         """The whole recording: a path, "-" for standard input, or a binary file. AudioError."""
@@ -221,7 +255,7 @@ class _Plan:
         self.policy.tested(config.exits)  # an exit that does not exist is refused now
         blank_id = config.blank_id
         self._run = EarlyExitOptions(
-            blank_id, mac_cost(config), decode=_decoder(recognizer.pieces, options, blank_id)
+            blank_id, tower_cost(config), decode=decoder(recognizer.pieces, options, blank_id)
         )
         self.batch_size = 1 if options.budget_ms is not None else options.batch_size
 
@@ -264,9 +298,11 @@ class Transcription:
             yield segment
 
     def _transcribed(self, source: Source) -> Iterator[TranscriptSegment]:
-        config, frames = self._recognizer.config, self._recognizer.features.num_frames
+        config, features = self._recognizer.config, self._recognizer.features
         spoken = find_speech(self._counted(stream_audio(source)), self._plan.options.vad)
-        long_enough = (s for s in spoken if config.output_frames(frames(len(s.samples))))
+        long_enough = (
+            s for s in spoken if config.output_frames(num_inputs(features, len(s.samples)))
+        )
         while group := list(islice(long_enough, self._plan.batch_size)):
             yield from self._group(group)
 
@@ -277,9 +313,8 @@ class Transcription:
 
     def _group(self, group: Sequence[Segment]) -> list[TranscriptSegment]:
         """Segments in their own order, however they are batched."""
-        frames = [self._recognizer.features.num_frames(len(s.samples)) for s in group]
         found: dict[int, TranscriptSegment] = {}
-        for rows in length_batches(frames, _BATCH_FRAMES):
+        for rows in length_batches([len(s.samples) for s in group], _BATCH_SAMPLES):
             options = self._plan.run_options()  # a stopwatch starts before the features
             features, lengths = self._features([group[row] for row in rows])
             config, encoder = self._recognizer.config, self._recognizer.encoder
@@ -287,18 +322,19 @@ class Transcription:
                 encoder, config.exits, features, lengths, self._plan.policy, options
             )
             for row, result in zip(rows, results, strict=True):
-                found[row] = self._written(group[row], frames[row], result)
+                found[row] = self._written(group[row], result)
         return [found[row] for row in range(len(group))]
 
     def _features(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
         samples = [segment.samples for segment in segments]
         return batch_features(samples, self._recognizer.features, self._recognizer.encoder.device)
 
-    def _written(self, segment: Segment, num_frames: int, result: EarlyExit) -> TranscriptSegment:
+    def _written(self, segment: Segment, result: EarlyExit) -> TranscriptSegment:
         """Results with times from the start of the recording."""
-        config, pieces = self._recognizer.config, self._recognizer.pieces
-        frame_s = config.subsampling * self._recognizer.features.hop / SAMPLE_RATE
-        local = words(result.hypothesis, pieces, frame_s, len(segment.samples) / SAMPLE_RATE)
+        recognizer, pieces = self._recognizer, self._recognizer.pieces
+        length = num_inputs(recognizer.features, len(segment.samples))
+        seconds = len(segment.samples) / SAMPLE_RATE
+        local = words(result.hypothesis, pieces, recognizer.frame_s, seconds)
         # Adding the start may round a time past the end.
         end_s = segment.end_s
         moved = tuple(
@@ -323,7 +359,7 @@ class Transcription:
             words=moved,
             confidence=geometric_mean([w.confidence for w in moved]) if moved else None,
             exit_layer=result.exit_layer,
-            macs=trail_macs(config, num_frames, tested),
+            macs=tower_macs(recognizer.config, length, tested),
             trail=trail,
         )
 
@@ -338,36 +374,69 @@ def length_batches(frames: Sequence[int], batch_frames: int) -> list[list[int]]:
 
 
 def batch_features(
-    samples: Sequence[Tensor], config: FeatureConfig, device: torch.device
+    samples: Sequence[Tensor], features: Features, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Samples [N_b] each -> normalised log-mel [B, T, F] and lengths [B], on `device`."""
-    features, lengths = encoder_input(samples, config)
-    return features.to(device), lengths.to(device)
+    """Samples [N_b] each -> what the encoder reads, [B, ...], and lengths [B], on `device`."""
+    if isinstance(features, PretrainedReader):
+        made, lengths = features.inputs(samples)
+    else:
+        made, lengths = encoder_input(samples, features)
+    return made.to(device), lengths.to(device)
+
+
+def num_inputs(features: Features, num_samples: int) -> int:
+    """How long so many samples are to the encoder; 0: too short for it."""
+    if isinstance(features, PretrainedReader):
+        return features.num_inputs(num_samples)
+    return features.num_frames(num_samples)
 
 
 # -- costs ---------------------------------------------------------------------------------------
 
 
-def measured_cost(encoder: CTCEncoder) -> SegmentCost:
+def tower_macs(
+    config: EncoderConfig | PretrainedConfig, num_inputs: int, tested: Sequence[int]
+) -> int:
+    """MACs of an utterance of `num_inputs` up to the last of the exits `tested`."""
+    if isinstance(config, PretrainedConfig):
+        return shape_trail_macs(config.shape, num_inputs, tested)
+    return trail_macs(config, num_inputs, tested)
+
+
+def tower_cost(config: EncoderConfig | PretrainedConfig) -> SegmentCost:
+    """(start, stop, frames of the tower) -> MACs from one tested exit to the next."""
+    return (
+        shape_mac_cost(config.shape) if isinstance(config, PretrainedConfig) else mac_cost(config)
+    )
+
+
+def measured_cost(encoder: Any) -> SegmentCost:
     """Milliseconds from one tested exit to the next, alone in its batch, as this machine is now.
 
     Two utterances of noise are timed through the whole tower; between and beyond them time is
     taken to rise evenly with the MACs, from a part that every layer costs however short its input.
     """
-    config, macs = encoder.config, mac_cost(encoder.config)
-    times = [_milliseconds(encoder, frames) for frames in _PROBE_FRAMES]
-    sizes = [macs(0, config.num_layers, config.output_frames(f)) for f in _PROBE_FRAMES]
+    config: EncoderConfig | PretrainedConfig = encoder.config
+    macs = tower_cost(config)
+    probes = [_probe(encoder, seconds) for seconds in _PROBE_S]
+    times = [_milliseconds(encoder, probe) for probe in probes]
+    sizes = [macs(0, config.num_layers, config.output_frames(p.shape[1])) for p in probes]
     rate = max(0.0, (times[1] - times[0]) / (sizes[1] - sizes[0]))
     each_layer = max(0.0, times[0] - rate * sizes[0]) / config.num_layers
     return lambda start, stop, n: each_layer * (stop - start) + rate * macs(start, stop, n)
 
 
-def _milliseconds(encoder: CTCEncoder, num_frames: int) -> float:
+def _probe(encoder: Any, seconds: int) -> Tensor:
+    """An utterance of noise, [1, N] or [1, T, F]."""
+    config, generator = encoder.config, torch.Generator().manual_seed(0)
+    size = config.input_size if isinstance(config, PretrainedConfig) else config.num_mels
+    shape = (SAMPLE_RATE * seconds,) if size is None else (100 * seconds, size)
+    return torch.randn(1, *shape, generator=generator).to(encoder.device)
+
+
+def _milliseconds(encoder: Any, features: Tensor) -> float:
     """The median of three runs to the last exit, after one to warm up."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(1, num_frames, encoder.config.num_mels, generator=generator)
-    features, lengths = features.to(encoder.device), torch.tensor([num_frames])
-    taken = []
+    lengths, taken = torch.tensor([features.shape[1]]), []
     for _ in range(4):
         elapsed = stopwatch()
         early_exit(encoder, encoder.config.exits, features, lengths.to(encoder.device), FixedExit())
@@ -390,16 +459,14 @@ def _policy(recognizer: Recognizer, options: TranscribeOptions) -> ExitPolicy:
     if options.budget_ms is not None:
         policies.append(Budget(options.budget_ms, measured_cost(recognizer.encoder)))
     if options.budget_macs is not None:
-        policies.append(Budget(options.budget_macs, mac_cost(recognizer.config)))
+        policies.append(Budget(options.budget_macs, tower_cost(recognizer.config)))
     if not policies:
         return FixedExit(options.exit_layer)
     return policies[0] if len(policies) == 1 else AnyOf(tuple(policies))
 
 
-def _decoder(
-    pieces: Sequence[str], options: TranscribeOptions, blank_id: int
-) -> Callable[[Tensor], Hypothesis] | None:
-    """[T, V] -> the text; None: the greedy one will do."""
+def decoder(pieces: Sequence[str], options: TranscribeOptions, blank_id: int) -> Decode | None:
+    """The beam search that `options` ask for; None: the greedy text will do."""
     if options.beam_size is None and options.lm is None and not options.hotwords:
         return None
     beam = BeamOptions() if options.beam_size is None else BeamOptions(options.beam_size)
@@ -407,7 +474,10 @@ def _decoder(
     if options.lm is not None or options.hotwords:
         model = None if options.lm is None else LanguageModel(options.lm)
         hotwords = [hotword_spelling(phrase, pieces) for phrase in options.hotwords]
-        scorer = WordScorer(pieces, model, hotwords)
+        weights = WordScorerOptions()
+        if options.lm_weight is not None:
+            weights = replace(weights, lm_weight=options.lm_weight)
+        scorer = WordScorer(pieces, model, hotwords, weights)
 
     def decode(log_probs: Tensor) -> Hypothesis:
         return beam_search(log_probs, beam, scorer, blank_id)[0]

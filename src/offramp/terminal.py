@@ -8,30 +8,33 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from offramp.errors import AudioError, InputError
+from offramp.errors import InputError
 from offramp.files import replacing
 from offramp.results import DecodeStats, Step
-from offramp.transcript_formats import FORMATS
 
 if TYPE_CHECKING:
     from offramp.api import Model, Run
     from offramp.bench.asr import AsrReport
     from offramp.bench.exit_quality import ExitQuality
     from offramp.bench.layerskip import LayerSkipReport
+    from offramp.bench.splitformer import SplitformerReport
     from offramp.bench.tune import TuneReport
     from offramp.decoding.calibration import Calibration
-    from offramp.recognizer import Recognizer, TranscribeOptions, Transcription
     from offramp.train.loop import TrainEvent
 
 out = Console(highlight=False, soft_wrap=True)
@@ -205,88 +208,35 @@ def show_layerskip(report: LayerSkipReport) -> None:
     )
 
 
-class TranscriptOutput:
-    """Where transcripts of `files` go: a folder, or standard output.
+def show_splitformer(report: SplitformerReport) -> None:
+    """A row per arm and exit; then ours beside the baselines at equal time."""
+    from offramp.bench.splitformer import BASELINES
 
-    What cannot be written is refused here, before the work. InputError.
-    """
-
-    def __init__(
-        self, files: Sequence[str], format: str, folder: Path | None, trail: bool = False
-    ) -> None:
-        self._files, self._format, self._folder = files, format, folder
-        if trail and format != "json":
-            raise InputError(f"trail goes into json only, and the format is {format}")
-        if folder is None and len(files) > 1 and format not in ("txt", "json"):
-            raise InputError(
-                f"several files as {format} do not fit into one; give a folder with -o"
-            )
-        if folder is not None:
-            _check_folder(folder)
-            targets = [self._target(name) for name in files]
-            if twice := next((t for t in targets if targets.count(t) > 1), None):
-                raise InputError(
-                    f"several files would be written to {twice}; transcribe them into two folders"
-                )
-
-    def write(self, recognizer: Recognizer, options: TranscribeOptions) -> int:
-        """Transcribe all; of several files those that failed are named at the end, and counted.
-
-        A single one that fails raises its AudioError.
-        """
-        recognizer.plan(options)  # a fault of the options is no fault of the first file
-        failures = []
-        for name in self._files:
-            try:
-                self._one(name, recognizer.stream(name, options))
-            except AudioError as error:
-                if len(self._files) == 1:
-                    raise
-                failures.append(str(error))
-        for failure in failures:
-            print(f"offramp: {failure}", file=sys.stderr)
-        if failures:
-            print(f"offramp: {len(failures)} of {len(self._files)} files failed", file=sys.stderr)
-        return len(failures)
-
-    def _one(self, name: str, run: Transcription) -> None:
-        # On a terminal text is shown as it comes; in a file or pipe it is whole or absent.
-        live = self._folder is None and self._format == "txt" and sys.stdout.isatty()
-        several = len(self._files) > 1
-        shown = False
-        for segment in run:
-            if live and segment.text:
-                if several and not shown:
-                    print(f"==> {name} <==")
-                print(segment.text, flush=True)
-                shown = True
-        if live and shown:
-            return
-        made = run.transcript
-        if self._folder is not None:
-            with replacing(self._target(name)) as temporary:
-                temporary.write_text(FORMATS[self._format](made), encoding="utf-8")
-        elif several and self._format == "json":
-            print_json({"file": name} | made.to_dict())
-        else:
-            head = f"==> {name} <==\n" if several else ""
-            print(head + FORMATS[self._format](made), end="", flush=True)
-
-    def _target(self, name: str) -> Path:
-        assert self._folder is not None
-        stem = "stdin" if name == "-" else Path(name).stem
-        return self._folder / f"{stem}.{self._format}"
-
-
-def _check_folder(folder: Path) -> None:
-    """InputError unless `folder` can be written to, or made."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(
-            f"cannot write to {folder}: {place} is no folder you may write to; choose another one"
-        )
+    rows = []
+    for arm, made in report.arms.items():
+        for exit_layer, e in made.exits.items():
+            rates = [_percent(w.mean) + _spread(w.std) for w in e.wer.values()]
+            costs = [number(e.macs_per_audio_s / 1e6, 1), number(1e3 * e.cpu_s_per_audio_s, 2)]
+            rows.append([arm, str(exit_layer), *rates, *costs])
+    sets = [name.replace("_", " ") for name in report.words]
+    words = ", ".join(f"{count:,} words" for count in report.words.values())
+    machine = f"seeds {', '.join(map(str, report.seeds))}; CPU threads: {report.threads}"
+    title = f"WER, %, on connected digits ({words}; {machine}), and cost per second of audio"
+    table(title, ("arm", "exit", *sets, "MMAC", "CPU ms"), rows)
+    rows = []
+    for baseline, by_exit in report.paired.items():
+        for exit_layer, pair in by_exit.items():
+            gaps = [
+                f"{100 * gap.difference:+.1f}{'*' if gap.significant else ' '}"
+                for gap in pair.gaps.values()
+            ]
+            cells = [f"{baseline} {exit_layer}", str(pair.our_exit), number(pair.cpu_ratio)]
+            rows.append([*cells, *gaps])
+    title = "WER of ours less theirs, points (*: outside the intervals over strings and takes)"
+    table(title, ("at the time of", "our exit", "time, ratio", *sets), rows)
+    for exit_layer, best in report.best.items():
+        shown = f"{best.arm} at exit {best.exit_layer} (WER {_percent(best.wer_mean)} %)"
+        out.print(f"Best in the time of {BASELINES[0]} {exit_layer}: {shown}")
 
 
 def show_asr(report: AsrReport) -> None:
@@ -310,7 +260,7 @@ def show_asr(report: AsrReport) -> None:
         )
     columns = ("", "WER, %", "95 % interval", "CER, %", "exit layer", "GMAC per s", "RTF")
     size = f"{report.utterances:,} utterances, {report.words:,} words"
-    table(f"{report.model} on {report.data}: {size}, greedy", columns, rows)
+    table(f"{report.model} on {report.data}: {size}", columns, rows)
     if report.left_out:
         err.print(f"{report.left_out} utterances left out: their text has no single reading")
 
@@ -324,6 +274,10 @@ def show_calibration(found: Calibration) -> None:
             f"mean exit layer {found.mean_exit_layer:.1f}, WER per utterance "
             f"{100 * found.mean_excess:+.2f} on this data"
         )
+
+
+def _spread(std: float | None) -> str:
+    return "" if std is None else f"±{_percent(std)}"
 
 
 def _percent(share: float | None) -> str:

@@ -99,6 +99,18 @@ def train_ctc_bpe(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     return TextTokenizer(tokenizer)
 
 
+def ctc_words(words: Sequence[str]) -> TextTokenizer:
+    """One token for each of `words`, for CTC: id 0 is the blank; a text has no other words."""
+    vocab = {
+        BLANK: 0,
+        **{f"\N{LOWER ONE EIGHTH BLOCK}{word}": i for i, word in enumerate(words, 1)},
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocab))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return TextTokenizer(tokenizer)
+
+
 class TextStream:
     """Text of a growing token list. `push` returns what a token adds, `flush` what is left.
 

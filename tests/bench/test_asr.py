@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import toy_speech
+from extras import needs_kenlm
+from offramp import recognizer
 from offramp.audio.io import read_audio
-from offramp.bench.asr import AsrData, CalibrateOptions, calibrate_model, run
+from offramp.bench import asr as module
+from offramp.bench.asr import AsrData, AsrOptions, CalibrateOptions, calibrate_model, run
 from offramp.bench.wer import character_edits, error_rate, word_edits
 from offramp.data.manifest import read_manifest
+from offramp.decoding.beam import beam_search
 from offramp.decoding.calibration import Calibration
-from offramp.decoding.early_exit_ctc import early_exit
+from offramp.decoding.ctc import text
+from offramp.decoding.early_exit_ctc import EarlyExitOptions, early_exit
 from offramp.decoding.exit_policies import Confidence, FixedExit
+from offramp.decoding.ngram import train_ngram
 from offramp.energy.cost import encoder_macs
 from offramp.errors import ConfigError, DataError, InputError
 from offramp.models.ctc_checkpoint import save_encoder
-from offramp.recognizer import CALIBRATION, Recognizer, batch_features
+from offramp.recognizer import (
+    CALIBRATION,
+    Recognizer,
+    TranscribeOptions,
+    batch_features,
+    decoder,
+)
 from toy_encoder import randomize
 from toy_speech import CONFIG, random_texts
 
@@ -98,7 +112,7 @@ def test_json_has_the_keys_that_are_promised(recogniser_folder: Path, manifest: 
 
 def test_thresholds_given_calibrated_or_common(folder: Path, manifest: Path) -> None:
     given = {"confidence": 0.0, "entropy": -1.0, "agreement": 0.0}
-    made = run(folder, AsrData(manifest), given).policies
+    made = run(folder, AsrData(manifest), AsrOptions(given)).policies
     assert [made[rule].mean_exit_layer for rule in given] == [1, 3, 1]
     Calibration("entropy", CONFIG.exits, -math.log(99.0), 0.1, 1.0, 50, 0.05, 0.0, 0.5, 1.0).save(
         folder / CALIBRATION
@@ -107,10 +121,33 @@ def test_thresholds_given_calibrated_or_common(folder: Path, manifest: Path) -> 
     assert [made[rule].calibrated for rule in given] == [False, True, False]
     assert [made[rule].threshold for rule in given] == [0.95, -math.log(99.0), 1.0]
     assert made["entropy"].mean_exit_layer == 1
-    again = run(folder, AsrData(manifest), {"entropy": -1.0}).policies["entropy"]
+    again = run(folder, AsrData(manifest), AsrOptions({"entropy": -1.0})).policies["entropy"]
     assert (again.threshold, again.calibrated, again.mean_exit_layer) == (-1.0, False, 3)
     with pytest.raises(InputError, match="no rule 'patience'"):
-        run(folder, AsrData(manifest), {"patience": 1.0})
+        AsrOptions({"patience": 1.0})
+
+
+def test_features_tower_and_search_count_in_every_rtf(
+    monkeypatch: pytest.MonkeyPatch, recogniser_folder: Path, manifest: Path
+) -> None:
+    def slow(*given: Any) -> Any:
+        time.sleep(0.2)
+        return batch_features(*given)
+
+    searched: list[int] = []
+
+    def slow_search(*given: Any) -> Any:
+        searched.append(1)
+        time.sleep(0.1)
+        return beam_search(*given)
+
+    monkeypatch.setattr(module, "batch_features", slow)
+    monkeypatch.setattr(recognizer, "beam_search", slow_search)
+    made = run(recogniser_folder, AsrData(manifest, limit=4), AsrOptions(beam_size=2)).policies
+    audio_s = sum(u.seconds for u in read_manifest(manifest)[:4])
+    for name, figures in made.items():
+        assert figures.rtf * audio_s >= (0.6 if name == "beam" else 0.2)
+    assert len(searched) == 4
 
 
 def test_progress_covers_every_utterance(recogniser_folder: Path, manifest: Path) -> None:
@@ -145,6 +182,63 @@ def test_a_recording_that_is_too_short_counts_as_deleted_words(
     assert made.wer == 0.5 and made.exit_histogram == {"1": 1, "2": 0, "3": 0}
 
 
+def test_beam_searches_are_policies_too(folder: Path, manifest: Path) -> None:
+    """What they write is what transcription writes with the same options."""
+    made = run(folder, AsrData(manifest), AsrOptions(beam_size=4)).policies
+    assert list(made) == [*NAMES, "beam"]
+    utterances, one = read_manifest(manifest), Recognizer.load(folder)
+    decode = decoder(one.pieces, TranscribeOptions(beam_size=4), CONFIG.blank_id)
+    written = []
+    for utterance in utterances:
+        x, lengths = batch_features([read_audio(utterance.path)], one.features, torch.device("cpu"))
+        ends = EarlyExitOptions(CONFIG.blank_id, decode=decode)
+        (left,) = early_exit(one.encoder, CONFIG.exits, x, lengths, FixedExit(), ends)
+        written.append(text(left.hypothesis.tokens, one.pieces))
+    expected = error_rate(word_edits([u.text for u in utterances], written))
+    assert (made["beam"].wer, made["beam"].mean_exit_layer) == (expected.rate, 3)
+    assert made["beam"].wer != made["exit_3"].wer, "the search changes something here"
+
+
+@needs_kenlm
+def test_a_language_model_has_its_own_figures(folder: Path, manifest: Path, tmp_path: Path) -> None:
+    train_ngram(["do mi do", "mi do"] * 3, 2, tmp_path / "lm.arpa")
+    found = run(folder, AsrData(manifest), AsrOptions(beam_size=4, lm=tmp_path / "lm.arpa"))
+    assert list(found.policies) == [*NAMES, "beam", "beam_lm"]
+    assert set(found.to_dict()["policies"]["beam_lm"]) == FIGURES
+    forced = AsrOptions(lm=tmp_path / "lm.arpa", lm_weight=30.0)
+    heavy = run(folder, AsrData(manifest), forced).policies
+    assert list(heavy) == [*NAMES, "beam_lm"]
+    assert heavy["beam_lm"].wer > found.policies["beam_lm"].wer
+
+
+def test_contradicting_searches_are_refused() -> None:
+    with pytest.raises(InputError, match="lm_weight needs the lm"):
+        AsrOptions(lm_weight=1.0)
+    with pytest.raises(ConfigError, match="beam_size is 0"):
+        AsrOptions(beam_size=0)
+
+
+def test_all_that_is_wrong_with_a_manifest_is_named_at_once(
+    recogniser_folder: Path, tmp_path: Path
+) -> None:
+    manifest = toy_speech.write_corpus(tmp_path, ["do mi", "mi mi", "do"])
+    (tmp_path / "1.wav").write_text("no recording")
+    with manifest.open("a") as file:
+        file.write("0.wav\t99\ts\tdev\tdo\ngone.wav\t1\ts\tdev\tdo\n2.wav\tlong\ts\tdev\t \n")
+    with pytest.raises(DataError) as caught:
+        run(recogniser_folder, AsrData(manifest))
+    said = str(caught.value)
+    for fault in (
+        "line 3: " + str(tmp_path / "1.wav") + " is not a recording",
+        "line 5: path 0.wav is already in line 2",
+        "lasts 1.250 s, but seconds is 99",
+        "line 6: " + str(tmp_path / "gone.wav") + " is missing",
+        "line 7: seconds is 'long'",
+    ):
+        assert fault in said
+    assert "\n" not in said
+
+
 # -- calibration ---------------------------------------------------------------------------------
 
 
@@ -158,7 +252,8 @@ def test_a_calibrated_policy_does_on_its_data_what_it_says(
     made = run(folder, AsrData(manifest)).policies
     assert made[rule].calibrated
     assert made[rule].mean_exit_layer == pytest.approx(found.mean_exit_layer)
-    full = run(folder, AsrData(manifest), {rule: 2.0 if rule != "entropy" else -1.0})
+    never = AsrOptions({rule: 2.0 if rule != "entropy" else -1.0})
+    full = run(folder, AsrData(manifest), never)
     spent = made[rule].macs_per_audio_s / full.policies[rule].macs_per_audio_s
     assert 1 - spent == pytest.approx(found.saving)
 

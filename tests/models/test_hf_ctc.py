@@ -2,121 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from offramp.errors import CheckpointError, ConfigError, InputError
-from offramp.models.hf_ctc import (
-    PretrainedCTCEncoder,
-    attach_exits,
-    load_exits,
-    load_pretrained,
-    save_exits,
-)
-from toy import randomize
+from offramp.energy.hf_cost import shape_mac_cost, shape_trail_macs
+from offramp.errors import ConfigError, InputError
+from offramp.models.hf_ctc import PretrainedCTCEncoder, attach_exits
+from toy_hf import LENGTHS, MODELS, L, V, all_exits, inputs, theirs, toy
 
 transformers = pytest.importorskip("transformers")
-
-L, V = 5, 11
-
-SAMPLES: dict[str, Any] = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "num_hidden_layers": L,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "conv_dim": (16, 16, 16),
-    "conv_kernel": (10, 3, 3),
-    "conv_stride": (5, 2, 2),
-    "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4,
-    "pad_token_id": 0,
-}
-FIRST: dict[str, Any] = {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
-
-# name: (transformers' name, settings, whether transformers' own batches are padding-invariant)
-MODELS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "wav2vec2 group norm": ("Wav2Vec2", {}, False),
-    "wav2vec2 layer norm first": ("Wav2Vec2", {**FIRST, "adapter_attn_dim": 8}, True),
-    "wav2vec2 eager": ("Wav2Vec2", {**FIRST, "attn_implementation": "eager"}, True),
-    "hubert group norm": ("Hubert", {}, False),
-    "hubert layer norm first": ("Hubert", {**FIRST, "feat_proj_layer_norm": False}, True),
-    "hubert batch norm": ("Hubert", {**FIRST, "conv_pos_batch_norm": True}, False),
-    "wavlm group norm": ("WavLM", {"num_buckets": 20, "max_bucket_distance": 40}, False),
-    "wavlm layer norm first": ("WavLM", {**FIRST, "num_buckets": 20}, True),
-    "parakeet": ("Parakeet", {}, True),
-    "parakeet without scale": ("Parakeet", {"scale_input": False, "subsampling_factor": 4}, True),
-}
-PARAKEET: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": L,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "conv_kernel_size": 5,
-    "subsampling_conv_channels": 8,
-    "num_mel_bins": 16,
-}
-LENGTHS = (900, 1500, 611)  # samples; a tenth of it frames for Parakeet
-
-
-def theirs(name: str, seed: int = 0, **settings: Any) -> Any:
-    """A random transformers model, in eval mode."""
-    family, own, _ = MODELS[name]
-    own = {**own, **settings}
-    if family == "Parakeet":
-        encoder = transformers.ParakeetEncoderConfig(**{**PARAKEET, **own})
-        config = transformers.ParakeetCTCConfig(
-            vocab_size=V, pad_token_id=V - 1, encoder_config=encoder
-        )
-    else:
-        attention = own.pop("attn_implementation", None)
-        config = getattr(transformers, f"{family}Config")(**{**SAMPLES, **own})
-        config._attn_implementation = attention
-    model = getattr(transformers, f"{family}ForCTC")(config)
-    randomize(model, seed)
-    for buffer, value in model.named_buffers():  # batch norms that do something
-        if buffer.endswith("running_var"):
-            value.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(seed))
-    return model.eval()
-
-
-def toy(name: str, seed: int = 0, exits: tuple[int, ...] | None = None) -> PretrainedCTCEncoder:
-    """With exit heads that all differ, and no gradients."""
-    encoder = attach_exits(theirs(name, seed), exits)
-    randomize(encoder.heads, seed + 1)
-    return encoder.eval().requires_grad_(False)
-
-
-def inputs(name: str, seed: int = 0, padding: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Three utterances of different lengths, with `padding` behind them."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor(LENGTHS)
-    if MODELS[name][0] == "Parakeet":
-        lengths = lengths // 10
-        x = torch.randn(3, int(lengths.max()), 16, generator=generator)
-    else:
-        x = torch.randn(3, int(lengths.max()), generator=generator)
-    beyond = torch.arange(x.shape[1]) >= lengths[:, None]
-    return x.masked_fill(beyond if x.ndim == 2 else beyond[..., None], padding), lengths
-
-
-def all_exits(encoder: PretrainedCTCEncoder, x: Tensor, lengths: Tensor) -> dict[int, Tensor]:
-    state, found = encoder.embed(x, lengths), {}
-    for exit_layer in encoder.config.exits:
-        state = encoder.run(state, state.layer, exit_layer)
-        found[exit_layer] = encoder.log_probs(state, exit_layer)
-    return found
 
 
 def assert_close(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
@@ -299,6 +198,43 @@ def test_what_decoding_needs_to_know() -> None:
     assert (config.blank_id, config.input_size, config.hop) == (0, None, 20)
 
 
+# -- compute -------------------------------------------------------------------------------------
+
+
+def test_macs_are_those_of_the_products_that_run(name: str) -> None:
+    """Against torch's own count of floating-point operations: two for a multiply-accumulate."""
+    encoder = toy(name, exits=(2, 4, L))
+    encoder.base.set_attn_implementation("eager")  # torch does not count fused attention
+    for n in LENGTHS:
+        x, _ = inputs(name)
+        alone = x[1:2, : n // 10] if x.ndim == 3 else x[1:2, :n]
+        length, spent = alone.shape[1], 0.0
+        cost = shape_mac_cost(encoder.config.shape)
+        with FlopCounterMode(display=False) as counter:
+            state = encoder.embed(alone, torch.tensor([length]))
+            for exit_layer in (2, 4, L):
+                before, start = counter.get_total_flops(), state.layer
+                state = encoder.run(state, start, exit_layer)
+                encoder.log_probs(state, exit_layer)
+                tested = tuple(e for e in (2, 4, L) if e <= exit_layer)
+                macs = shape_trail_macs(encoder.config.shape, length, tested)
+                assert macs == counter.get_total_flops() / 2
+                spent = counter.get_total_flops() - before
+                T = int(state.lengths)
+                if start:
+                    assert cost(start, exit_layer, T) == spent / 2
+        assert encoder.config.output_frames(length) == T
+        most = encoder.config.shape.most_inputs(T)
+        frames = [encoder.config.output_frames(most + more) for more in (0, 1)]
+        assert frames == [T, T + 1] and most >= length
+        assert cost(0, 2, T) == shape_trail_macs(encoder.config.shape, most, (2,))
+
+
+def test_inputs_without_a_frame_are_known() -> None:
+    config = toy("wavlm group norm").config
+    assert [config.output_frames(n) for n in (0, 9, 100)] == [0, 0, 4]
+
+
 # -- training ------------------------------------------------------------------------------------
 
 
@@ -344,50 +280,7 @@ def test_a_frozen_model_stays_as_it_is_in_training() -> None:
     assert not torch.equal(a, b)
 
 
-# -- files ---------------------------------------------------------------------------------------
-
-
-def test_a_saved_checkpoint_loads_with_the_same_exits(name: str, tmp_path: Path) -> None:
-    encoder = toy(name, exits=(1, 4, L))
-    encoder.base.save_pretrained(tmp_path / "model")
-    save_exits(encoder, tmp_path / "new" / "exits.safetensors")
-    again = load_pretrained(tmp_path / "model", exits=(1, 4, L))
-    load_exits(again, tmp_path / "new" / "exits.safetensors")
-    assert not again.training
-    again.requires_grad_(False)
-    x, lengths = inputs(name)
-    expected = all_exits(encoder, x, lengths)
-    for exit_layer, log_probs in all_exits(again, x, lengths).items():
-        assert_close(log_probs, expected[exit_layer])
-    assert [f.name for f in (tmp_path / "new").iterdir()] == ["exits.safetensors"]
-
-
-def test_exits_of_another_model_are_refused(tmp_path: Path) -> None:
-    encoder, path = toy("parakeet"), tmp_path / "exits.safetensors"
-    save_exits(encoder, path)
-    before = {k: v.clone() for k, v in encoder.heads.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"exits is \[2, 4, 5\], not \[3, 5\]"):
-        load_exits(toy("parakeet", exits=(3, L)), path)
-    with pytest.raises(CheckpointError, match="family is parakeet_ctc, not hubert"):
-        load_exits(toy("hubert group norm"), path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match="cannot load exits"):
-        load_exits(encoder, path)
-    with pytest.raises(CheckpointError, match="cannot load exits"):
-        load_exits(encoder, tmp_path / "nothing")
-    encoder.base.save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="no exit heads"):
-        load_exits(encoder, tmp_path / "model" / "model.safetensors")
-    after = encoder.heads.state_dict()
-    assert all(torch.equal(v, after[k]) for k, v in before.items())
-
-
-def test_other_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
-    llama = transformers.LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
-    llama.save_pretrained(tmp_path / "llama")
-    with pytest.raises(ConfigError, match=r"'llama'; allowed: wav2vec2, hubert, wavlm, parakeet"):
-        load_pretrained(tmp_path / "llama")
+def test_other_models_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'Linear'"):
         attach_exits(torch.nn.Linear(2, 2))
     own = theirs("wav2vec2 group norm")
@@ -398,48 +291,3 @@ def test_other_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
     own.config.pad_token_id = None
     with pytest.raises(ConfigError, match="blank"):
         attach_exits(own)
-
-
-def test_checkpoints_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="nowhere"):
-        load_pretrained(tmp_path / "nowhere")
-    own = theirs("wav2vec2 group norm")
-    own.save_pretrained(tmp_path / "cut")
-    weights = tmp_path / "cut" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cut"):
-        load_pretrained(tmp_path / "cut")
-    own.wav2vec2.save_pretrained(tmp_path / "pretrained")  # not trained with CTC: no head
-    with pytest.raises(CheckpointError, match=r"lacks lm_head"):
-        load_pretrained(tmp_path / "pretrained")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"offramp\[hf\]"):
-        load_pretrained(tmp_path / "cut")
-
-
-# -- the how-to ----------------------------------------------------------------------------------
-
-HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "exits-on-your-speech-model.md"
-
-
-def test_the_how_to_runs_as_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    theirs("wav2vec2 layer norm first", vocab_size=8).save_pretrained("my-model")
-    vocab = {c: i for i, c in enumerate(["<pad>", "|", "a", "b", "c", "<unk>", "<s>", "</s>"])}
-    Path("vocab.json").write_text(json.dumps(vocab))
-    transformers.Wav2Vec2CTCTokenizer("vocab.json").save_pretrained("my-model")
-    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained("my-model")
-    random = np.random.default_rng(0)
-    for n in (1, 2, 3):
-        soundfile.write(f"{n}.wav", 0.1 * random.standard_normal(300 * n + 200), 16_000)
-    Path("train.tsv").write_text("1.wav\tab\n2.wav\tc a\n3.wav\tbb\n")
-    blocks = re.findall(r"^```python\n(.*?)^```", HOW_TO.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, str(HOW_TO), "exec"), names)
-    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[:30]]
-    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
-    assert isinstance(names["text"], str) and names["state"].layer in names["encoder"].config.exits

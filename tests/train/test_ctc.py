@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from offramp.train.ctc import (
     CTCTraining,
     SpeechBatch,
     ctc_nll,
+    disagreement,
     distillation,
     forward_exits,
     frames_needed,
@@ -39,6 +41,7 @@ EVERYTHING = CTCTraining(
     distill=0.3,
     p_max=0.5,
     augment=SpecAugment(1, 3, 2, 0.1),
+    consistency=0.2,
 )
 
 
@@ -120,6 +123,20 @@ def test_distillation_is_kl_from_the_deepest_exit_over_real_frames() -> None:
     assert grad[0].any() and not grad[:, 1, 2:].any()
 
 
+def test_disagreement_is_kl_from_the_other_view_over_real_frames() -> None:
+    logits = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    p, lengths = logits.log_softmax(-1), (5, 3)
+    kl = disagreement(p, torch.tensor([*lengths, *lengths]))
+    for e, row in itertools.product(range(3), range(4)):
+        n, other = lengths[row % 2], (row + 2) % 4
+        expected = F.kl_div(p[e, row, :n], p[e, other, :n], log_target=True, reduction="sum")
+        assert kl[e, row].item() == pytest.approx(expected.item(), abs=1e-5)
+    (grad,) = torch.autograd.grad(kl[:, 1].sum(), logits)
+    assert grad[:, 1, :3].any() and not grad[:, 1, 3:].any()
+    assert not grad[:, [0, 2, 3]].any(), "the other view does not move"
+
+
 @pytest.mark.parametrize(
     ("a", "b", "distance"),
     [
@@ -179,6 +196,49 @@ def test_a_step_adds_the_gradient_of_the_mean_loss_per_token(distill: float) -> 
     assert sums["audio_s"] == 2.0
 
 
+def two_view_loss(it: CTCTask, batch: SpeechBatch, step: int, distill: float) -> Tensor:
+    """CR-CTC at every exit, one utterance and one exit at a time: the mean CTC of both views,
+    and alpha times the mean of both divergences."""
+    model, cfg = it.model, it.training
+    assert isinstance(model, CTCEncoder) and cfg.augment is not None
+    draw = np.random.SeedSequence((5, step, 0)).generate_state(2).tolist()[0]
+    many = dataclasses.replace(cfg.augment, time_masks=5)
+    both = torch.cat((batch.features, batch.features)), torch.cat((batch.lengths, batch.lengths))
+    views = many(*both, torch.Generator().manual_seed(draw)).chunk(2)
+    assert not torch.equal(views[0].nan_to_num(), views[1].nan_to_num())
+    total = torch.zeros(())
+    for row, n in enumerate(batch.lengths.tolist()):
+        tokens = batch.targets[row]
+        alone = [view[row : row + 1, :n] for view in views]
+        seen = [toy_encoder.every_exit(model, x, torch.tensor([n]))[0] for x in alone]
+        for e, last in itertools.product(seen[0], [max(seen[0])]):
+            for one, other in (seen, seen[::-1]):
+                own, T = one[e], one[e].shape[1]
+                sizes = (torch.tensor([T]), torch.tensor([len(tokens)]))
+                ids = torch.tensor([tokens])
+                nll = F.ctc_loss(own.transpose(0, 1), ids, *sizes, reduction="sum")
+                if e != last:
+                    teacher = one[last].detach()
+                    kl = F.kl_div(own, teacher, log_target=True, reduction="sum")
+                    nll = (1 - distill) * nll + distill * kl
+                apart = F.kl_div(own, other[e].detach(), log_target=True, reduction="sum")
+                total = total + (nll + cfg.consistency * apart) / 2 / len(seen[0])
+    return total
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.4])
+def test_two_views_are_drawn_together_at_every_exit(distill: float) -> None:
+    augment = SpecAugment(1, 3, 2, 0.2)
+    it = task(CTCTraining(distill=distill, consistency=0.7, augment=augment))
+    sums = it.backward(3, 0, 1)
+    found, batch = gradient(it), Batches().batch(3, 0, 1)
+    (two_view_loss(it, batch, 3, distill) / 12).backward()
+    torch.testing.assert_close(found, gradient(it), rtol=1e-3, atol=1e-6)
+    assert (sums["targets"], sums["tokens"], sums["audio_s"]) == (12, 200, 2.0), "counted once"
+    once = task(CTCTraining(distill=distill, augment=augment)).backward(3, 0, 1)
+    assert sums["loss"] == pytest.approx(once["loss"], rel=0.5), "the mean of the views"
+
+
 @pytest.mark.parametrize("num_shards", [2, 4])
 def test_shards_add_up_to_the_whole_batch(num_shards: int) -> None:
     it = task(CTCTraining(distill=0.2))
@@ -218,14 +278,15 @@ def test_the_curriculum_chooses_the_exits() -> None:
     assert [k for k in it.backward(0, 0, 1) if k.startswith("loss_")] == ["loss_exit_5"]
 
 
+@pytest.mark.parametrize("more", [{}, {"consistency": 0.5, "augment": SpecAugment(0, 0, 0)}])
 def test_texts_too_long_for_their_frames_are_counted_and_have_no_loss(
-    caplog: pytest.LogCaptureFixture,
+    more: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     batch = speech(0)
     frames = toy_encoder.config().output_frames(40)
     long = [*batch.targets[:1], [1, 1] * (frames // 2), *batch.targets[2:]]
     bad = dataclasses.replace(batch, targets=long, total_targets=9)
-    it = task(CTCTraining(distill=0.2), batches=Fixed(bad))
+    it = task(CTCTraining(distill=0.2, **more), batches=Fixed(bad))
     with caplog.at_level(logging.WARNING):
         sums = it.backward(0, 0, 1)
     found = gradient(it)
@@ -422,6 +483,8 @@ def test_no_masks_change_nothing() -> None:
         ({"early_exit_scale": -1.0}, "early_exit_scale is -1.0"),
         ({"distill": 1.5}, "distill is 1.5; it must lie between 0 and 1"),
         ({"p_max": 1.0}, "p_max is 1.0"),
+        ({"consistency": -0.1}, "consistency is -0.1"),
+        ({"consistency": 0.2}, "consistency is 0.2, which compares two maskings, and augment"),
         ({"dropout_schedule": "linear"}, "'linear'; allowed: constant, exp"),
         ({"autocast": "fp16"}, "autocast is 'fp16'; allowed: bf16, none"),
     ],

@@ -14,13 +14,22 @@ import torch
 from offramp.config import EncoderConfig
 from offramp.data.augment_audio import AudioAugmentation
 from offramp.data.manifest import Utterance, write_manifest
-from offramp.errors import ConfigError
+from offramp.data.synthetic import Sentence
+from offramp.errors import ConfigError, DataError
 from offramp.models.ctc_checkpoint import load_encoder
 from offramp.tokenizer import BLANK, TextTokenizer, train_ctc_bpe
 from offramp.train import speech
 from offramp.train.ctc import CTCTraining, SpeechBatch
 from offramp.train.loop import Evaluated, StepDone, TrainConfig
-from offramp.train.speech import MixedSpeech, Recordings, SpeechItem, SpeechRecipe, pack
+from offramp.train.speech import (
+    MixedSpeech,
+    Recordings,
+    SpeechItem,
+    SpeechRecipe,
+    at_least,
+    pack,
+)
+from offramp.train.trainee import LogMelReader
 
 TEXTS = ("a cat sat", "the dog ran off", "we see the sea", "it's a test", "go", "no more of it")
 TOKENIZER = train_ctc_bpe(TEXTS, 40)
@@ -45,9 +54,11 @@ def utterances(tmp_path: Path) -> list[Utterance]:
     return write_set(tmp_path / "set", 23, "train")
 
 
-def mixed(utterances: list[Utterance], seed: int = 0, augment: bool = True) -> MixedSpeech:
-    augmentation = AudioAugmentation() if augment else None
-    return MixedSpeech([Recordings(utterances)], TOKENIZER, 6.0, seed, augmentation)
+def mixed(
+    utterances: list[Utterance], seed: int = 0, augment: bool = True, num_shards: int = 1
+) -> MixedSpeech:
+    augmentation, reader = AudioAugmentation() if augment else None, LogMelReader(TOKENIZER)
+    return MixedSpeech([Recordings(utterances)], reader, 6.0, seed, augmentation, num_shards)
 
 
 def same(a: SpeechBatch, b: SpeechBatch) -> bool:
@@ -86,13 +97,52 @@ def test_an_epoch_has_every_recording_once(utterances: list[Utterance]) -> None:
 
 
 def test_shards_are_the_batch(utterances: list[Utterance]) -> None:
-    whole = mixed(utterances).batch(2, 0, 1)
-    shards = [mixed(utterances).batch(2, i, 2) for i in range(2)]
+    whole = mixed(utterances, num_shards=2).batch(2, 0, 1)
+    shards = [mixed(utterances, num_shards=2).batch(2, i, 2) for i in range(2)]
     assert sorted(t for s in shards for t in s.targets) == sorted(whole.targets)
     assert {s.total_targets for s in shards} == {sum(map(len, whole.targets))}
     assert sum(s.audio_seconds for s in shards) == pytest.approx(whole.audio_seconds)
-    with pytest.raises(ConfigError, match="does not split into 50 shards; raise batch_seconds"):
-        mixed(utterances).batch(2, 0, 50)
+
+
+def test_every_batch_splits_into_its_shards(utterances: list[Utterance]) -> None:
+    """Also what is left over of an epoch, and utterances too long to share a batch."""
+    long = [replace(u, seconds=5.0 + i) for i, u in enumerate(utterances)]
+    for some, num_shards in ((utterances, 4), (long, 2), (long, 5), (long, 23)):
+        batches = mixed(some, num_shards=num_shards)
+        plan = batches._plan(0)
+        assert all(len(batch) >= num_shards for batch in plan)
+        assert sorted(item.seconds for batch in plan for item in batch) == sorted(
+            u.seconds for u in some
+        )
+        if len(some) // num_shards > 1:
+            assert len(plan) > 1
+    with pytest.raises(DataError, match="23 utterances do not split into 24 shards"):
+        mixed(utterances, num_shards=24).batch(0, 0, 24)
+
+
+@pytest.mark.parametrize("sizes", [[1], [9], [1, 1, 1], [1, 5, 1], [7, 1, 1, 1], [2, 2, 2, 5]])
+@pytest.mark.parametrize("least", [1, 2, 3, 7])
+def test_batches_take_what_they_lack_from_shorter_utterances(sizes: list[int], least: int) -> None:
+    found = at_least(sizes, least)
+    assert sum(found) == sum(sizes)
+    assert len(found) == 1 or min(found) >= least
+    if min(sizes) >= least:
+        assert found == sizes
+    for size, before in zip(found[:0:-1], sizes[::-1], strict=False):
+        assert size <= max(least, before), "a batch of long utterances grows beyond need"
+
+
+def test_sentences_that_take_too_long_are_not_spoken(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [Sentence("spoken", text) for text in ("a b", "x" * 57, "y" * 55)]
+    monkeypatch.setattr(speech, "_train_sentences", lambda root: said)
+    made = []
+    monkeypatch.setattr(speech, "Synthetic", lambda sentences, *_: made.append(sentences))
+    replace(toy_recipe(), sets=(), synthetic_sentences=9, max_seconds=4.0)._sources()
+    assert made == [[said[0], said[2]]]  # 14 characters take a second
+    with pytest.raises(DataError, match=r"max_seconds, 0\.1"):
+        replace(toy_recipe(), sets=(), synthetic_sentences=9, max_seconds=0.1)._sources()
 
 
 def test_batches_are_as_long_as_they_may_be() -> None:
@@ -124,6 +174,7 @@ def toy_recipe(steps: int = 6) -> SpeechRecipe:
         dev_sets=("kathleen_arctic",),
         training=CTCTraining(distill=0.1),
         batch_seconds=6.0,
+        prefetch=False,
         train=TrainConfig(steps, 1e-3, 2, checkpoint_every=2, evaluate_every=6),
     )
 
@@ -148,7 +199,8 @@ def test_a_killed_run_resumes_to_the_same_weights(corpus: Path, tmp_path: Path) 
     for event in toy_recipe().run(tmp_path / "cut"):
         if isinstance(event, StepDone) and event.step == 5:
             break  # killed: the state of step 4 is what there is
-    resumed = list(toy_recipe().run(tmp_path / "cut"))
+    ahead = replace(toy_recipe(), prefetch=True)  # who makes the batches changes nothing
+    resumed = list(ahead.run(tmp_path / "cut"))
     assert [e.loss for e in resumed if isinstance(e, StepDone)] == losses[4:]
     whole, cut = (load_encoder(tmp_path / name / "checkpoint") for name in ("whole", "cut"))
     for (name, a), b in zip(whole.state_dict().items(), cut.state_dict().values(), strict=True):

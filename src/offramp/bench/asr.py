@@ -1,8 +1,9 @@
 """Word and character error rates of a recogniser at every exit and under every exit policy.
 
-Recordings are taken whole, as their manifest cuts them. Features are computed once per batch and
-go through the tower anew for each policy, so every figure of time is measured, not derived. The
-same pass over all exits gives `calibrate` what it needs.
+Recordings are taken whole, as their manifest cuts them. References and what is written are both
+normalised by `data.speech.normalize_text`, as training texts are. Features are computed once per
+batch and go through the tower anew for each policy, so every figure of time is measured, not
+derived. The same pass over all exits gives `calibrate` what it needs.
 """
 
 from __future__ import annotations
@@ -26,9 +27,19 @@ from offramp.decoding.calibration import RULES, Calibration, DevRun, calibrate
 from offramp.decoding.ctc import Hypothesis, text
 from offramp.decoding.early_exit_ctc import EarlyExit, EarlyExitOptions, early_exit
 from offramp.decoding.exit_policies import ExitPolicy, FixedExit
-from offramp.energy.cost import trail_macs
 from offramp.errors import DataError, InputError
-from offramp.recognizer import CALIBRATION, POLICIES, Recognizer, batch_features, length_batches
+from offramp.recognizer import (
+    CALIBRATION,
+    POLICIES,
+    Decode,
+    Recognizer,
+    TranscribeOptions,
+    batch_features,
+    decoder,
+    length_batches,
+    num_inputs,
+    tower_macs,
+)
 from offramp.results import ratio
 
 _BATCH_FRAMES = 8_000  # feature frames of a batch, padding included: 80 s
@@ -49,16 +60,45 @@ class AsrData:
 
     def utterances(self) -> tuple[list[Utterance], int]:
         """(with text normalised; how many were left out, whose text has no single reading)."""
-        kept, left_out = normalized(read_manifest(self.data, self.split))
+        kept, left_out = normalized(read_manifest(self.data, self.split, check_audio=True))
         if not kept:
             raise DataError(f"{self.data} has no text that can be normalised; write numbers out")
         return kept[: self.limit], len(left_out)
 
 
 @dataclass(frozen=True)
+class AsrOptions:
+    """thresholds: by rule; those not given are the checkpoint's calibrated ones, or else common
+    ones. beam_size: also search with so many prefixes, at the last exit. lm: also with this
+    language model, whose lm_weight is as in `TranscribeOptions`."""
+
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    beam_size: int | None = None
+    lm: Path | None = None
+    lm_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.thresholds) - set(POLICIES)):
+            raise InputError(f"there is no rule {unknown[0]!r}; allowed: {', '.join(POLICIES)}")
+        self.searches()  # which refuses what contradicts itself
+
+    def searches(self) -> dict[str, TranscribeOptions]:
+        """`beam` and `beam_lm`, as far as they are asked for."""
+        size, found = self.beam_size, {}
+        if size is not None:
+            found["beam"] = TranscribeOptions(beam_size=size)
+        if self.lm is not None or self.lm_weight is not None:
+            found["beam_lm"] = TranscribeOptions(
+                beam_size=size, lm=self.lm, lm_weight=self.lm_weight
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class PolicyResult:
     """threshold: what the policy ran with, None for a fixed exit. calibrated: whether that came
-    from the checkpoint. rtf: features and tower, on this machine."""
+    from the checkpoint. rtf: from samples to tokens (features, tower, decoding) in batches, on
+    this machine; reading the files is not in it."""
 
     wer: float | None
     wer_ci95: tuple[float, float] | None
@@ -118,12 +158,13 @@ class _Batch:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A policy with where its threshold is from; see `PolicyResult`."""
+class Candidate:
+    """A policy with where its threshold is from (see `PolicyResult`). decode: None is greedy."""
 
     policy: ExitPolicy
     threshold: float | None = None
     calibrated: bool = False
+    decode: Decode | None = None
 
 
 @dataclass
@@ -135,32 +176,34 @@ class _Tally:
     macs: int = 0
     seconds: float = 0.0
 
-    def add(self, recognizer: Recognizer, batch: _Batch, policy: ExitPolicy) -> None:
-        """Run `policy` on `batch`."""
+    def add(self, recognizer: Recognizer, batch: _Batch, candidate: Candidate) -> None:
+        """Run `candidate` on `batch`."""
         began = time.perf_counter()
-        results = _early_exit(recognizer, batch, policy)
+        results = _early_exit(recognizer, batch, candidate.policy, candidate.decode)
         self.seconds += batch.seconds + time.perf_counter() - began
         frames = batch.lengths.tolist()
         for row, num_frames, result in zip(batch.rows, frames, results, strict=True):
             self.texts[row] = _text(recognizer, result.hypothesis)
             self.exit_layers[row] = result.exit_layer
             tested = [t.exit_layer for t in result.trail]
-            self.macs += trail_macs(recognizer.config, num_frames, tested)
+            self.macs += tower_macs(recognizer.config, num_frames, tested)
 
 
 def run(
     model: str | Path,
     data: AsrData,
-    thresholds: Mapping[str, float] | None = None,
+    options: AsrOptions = AsrOptions(),
     device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> AsrReport:
-    """Every fixed exit (`exit_2`, ...), then confidence, entropy and agreement; greedy decoding.
-
-    thresholds: by rule; those not given are the checkpoint's calibrated ones, or else common ones.
-    """
+    """Every fixed exit (`exit_2`, ...), then confidence, entropy and agreement, all decoded
+    greedily; then the beam searches that were asked for."""
     recognizer = Recognizer.load(model, device=device)
-    candidates = _candidates(recognizer, thresholds or {})
+    candidates = exit_candidates(recognizer, options.thresholds) | {
+        name: Candidate(FixedExit(), decode=_decoder(recognizer, search))
+        for name, search in options.searches().items()
+    }
+    _need_jiwer()
     utterances, left_out = data.utterances()
     tallies = {name: _Tally() for name in candidates}
     audio_s = 0.0
@@ -169,7 +212,7 @@ def run(
             _early_exit(recognizer, batch, FixedExit())  # the first run is slower than all others
         audio_s += batch.audio_s
         for name, candidate in candidates.items():
-            tallies[name].add(recognizer, batch, candidate.policy)
+            tallies[name].add(recognizer, batch, candidate)
     references = [u.text for u in utterances]
     return AsrReport(
         model=str(model),
@@ -196,6 +239,7 @@ def calibrate_model(
     Every exit is decoded once, greedily.
     """
     recognizer = Recognizer.load(model, device=device)
+    _need_jiwer()
     utterances, _ = data.utterances()
     config, never = recognizer.config, RULES[options.rule](math.inf)
     exits = config.exits
@@ -208,7 +252,7 @@ def calibrate_model(
             references.append(utterances[row].text)
             texts.append([_text(recognizer, t.hypothesis) for t in result.trail])
             scores.append([0.0 if t.score is None else t.score for t in result.trail])
-            macs = [trail_macs(config, num_frames, exits[: n + 1]) for n in range(len(exits))]
+            macs = [tower_macs(config, num_frames, exits[: n + 1]) for n in range(len(exits))]
             costs.append(macs)
     edits = [word_edits(references, [t[n] for t in texts]) for n in range(len(exits))]
     errors = [[at_exit[row].errors for at_exit in edits] for row in range(len(texts))]
@@ -218,20 +262,20 @@ def calibrate_model(
     return calibrate(dev, options.rule, share, cap)
 
 
-def _candidates(recognizer: Recognizer, thresholds: Mapping[str, float]) -> dict[str, _Candidate]:
-    """Policies by name. Of the calibrated file only the rule that it is for is known."""
-    if unknown := sorted(set(thresholds) - set(POLICIES)):
-        raise InputError(f"there is no rule {unknown[0]!r}; allowed: {', '.join(POLICIES)}")
+def exit_candidates(
+    recognizer: Recognizer, thresholds: Mapping[str, float]
+) -> dict[str, Candidate]:
+    """Exits and rules by name. Of the calibrated file only the rule that it is for is known."""
     path = None if recognizer.folder is None else recognizer.folder / CALIBRATION
     saved = Calibration.load(path) if path is not None and path.exists() else None
-    found = {f"exit_{e}": _Candidate(FixedExit(e)) for e in recognizer.config.exits}
+    found = {f"exit_{e}": Candidate(FixedExit(e)) for e in recognizer.config.exits}
     for rule, default in _DEFAULTS.items():
         if rule in thresholds or saved is None or saved.rule != rule:
             threshold = thresholds.get(rule, default)
-            found[rule] = _Candidate(POLICIES[rule](threshold), threshold)
+            found[rule] = Candidate(POLICIES[rule](threshold), threshold)
         else:
             policy = saved.policy(recognizer.config.exits)
-            found[rule] = _Candidate(policy, saved.threshold, calibrated=True)
+            found[rule] = Candidate(policy, saved.threshold, calibrated=True)
     return found
 
 
@@ -243,23 +287,35 @@ def _batches(
     done = 0
     for rows in length_batches(lengths, _BATCH_FRAMES):
         samples = {row: read_audio(utterances[row].path) for row in rows}
-        count, config = recognizer.features.num_frames, recognizer.config
-        rows = [row for row in rows if config.output_frames(count(len(samples[row])))]
+        config, features = recognizer.config, recognizer.features
+        long = {row: num_inputs(features, len(samples[row])) for row in rows}
+        rows = [row for row in rows if config.output_frames(long[row])]
         if rows:
             heard = [samples[row] for row in rows]
             began = time.perf_counter()
             device = recognizer.encoder.device
-            features, lengths_ = batch_features(heard, recognizer.features, device)
+            made, lengths_ = batch_features(heard, features, device)
             taken = time.perf_counter() - began
-            yield _Batch(rows, features, lengths_, sum(map(len, heard)) / SAMPLE_RATE, taken)
+            yield _Batch(rows, made, lengths_, sum(map(len, heard)) / SAMPLE_RATE, taken)
         done += len(samples)
         if on_progress is not None:
             on_progress(done, len(utterances))
 
 
-def _early_exit(recognizer: Recognizer, batch: _Batch, policy: ExitPolicy) -> list[EarlyExit]:
+def _need_jiwer() -> None:
+    """InputError before the work, not after it, where error rates cannot be had."""
+    word_edits(["a"], ["a"])
+
+
+def _decoder(recognizer: Recognizer, search: TranscribeOptions) -> Decode | None:
+    return decoder(recognizer.pieces, search, recognizer.config.blank_id)
+
+
+def _early_exit(
+    recognizer: Recognizer, batch: _Batch, policy: ExitPolicy, decode: Decode | None = None
+) -> list[EarlyExit]:
     encoder, config = recognizer.encoder, recognizer.config
-    options = EarlyExitOptions(config.blank_id)
+    options = EarlyExitOptions(config.blank_id, decode=decode)
     return early_exit(encoder, config.exits, batch.features, batch.lengths, policy, options)
 
 
@@ -277,7 +333,7 @@ def _result(
     tally: _Tally,
     references: Sequence[str],
     audio_s: float,
-    candidate: _Candidate,
+    candidate: Candidate,
 ) -> PolicyResult:
     # A recording too short for the encoder has no text, left nowhere and cost nothing.
     written = [tally.texts.get(row, "") for row in range(len(references))]

@@ -84,7 +84,7 @@ def normalize_text(text: str) -> str:
         ):
             raise DataError(
                 f"the text {_shown(text)} has {char!r}, for which there is no single reading; "
-                "write it out in words, or leave the utterance out"
+                "write it out in words, or leave it out"
             )
     plain = unicodedata.normalize("NFKD", _ABBREVIATION.sub(_written_out, text).lower())
     plain = "".join(c for c in plain if unicodedata.category(c) not in ("Mn", "Cf"))
@@ -92,7 +92,7 @@ def normalize_text(text: str) -> str:
     if foreign := next((c for c in plain if c.isalpha() and not "a" <= c <= "z"), None):
         raise DataError(
             f"the text {_shown(text)} has the letter {foreign!r}, which has no form "
-            "in a-z; write it in those, or leave the utterance out"
+            "in a-z; write it in those, or leave it out"
         )
     plain = re.sub(r"(?<![a-z])'|'(?![a-z])|[^a-z']", " ", plain)
     return " ".join(plain.split())

@@ -202,13 +202,11 @@ def arpa_words(path: Path) -> list[str]:
         with path.open(encoding="utf-8") as file:
             body = itertools.dropwhile(lambda line: line.strip() != "\\1-grams:", file)
             if next(body, None) is None:
-                raise DataError(
-                    f"{path} has no \\1-grams: section; give an ARPA file, or the words as well"
-                )
+                raise DataError(f"{path} has no \\1-grams: section; give an ARPA file")
             rows = itertools.takewhile(lambda line: not line.startswith("\\"), body)
             words = [fields[1] for line in rows if len(fields := line.split()) > 1]
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not an ARPA file: give the words as well") from error
+        raise DataError(f"{path} is not an ARPA file, which is text in UTF-8") from error
     return [w for w in words if w not in (UNK, BOS, EOS)]

@@ -13,20 +13,16 @@ by row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from offramp.errors import CheckpointError, ConfigError, InputError
-from offramp.files import replacing
+from offramp.energy.hf_cost import ParakeetShape, WaveformShape
+from offramp.errors import ConfigError, InputError
 from offramp.models.hf_encoders import Family, Parakeet, Waveform
 
 FAMILIES = {
@@ -35,7 +31,6 @@ FAMILIES = {
     "wavlm": "WavLMForCTC",
     "parakeet_ctc": "ParakeetForCTC",
 }
-_FORMAT = "offramp-ctc-exits-1"
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,8 @@ class PretrainedConfig:
     """What decoding and exit policies need to know of the model; sizes in units of 1.
 
     family: transformers' model_type. input_size: features per frame, None for a model of raw
-    samples. hop: frames or samples of input per output frame. exits: layers counted from 1.
+    samples. hop: frames or samples of input per output frame. exits: layers counted from 1. shape:
+    all sizes that a count of multiply-accumulates needs.
     """
 
     family: str
@@ -54,6 +50,11 @@ class PretrainedConfig:
     exits: tuple[int, ...]
     input_size: int | None
     hop: int
+    shape: WaveformShape | ParakeetShape
+
+    def output_frames(self, num_inputs: int) -> int:
+        """Frames of the tower for so many samples or feature frames; 0: too short."""
+        return self.shape.frames(num_inputs)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class ExitHead(nn.Module):
 
 
 class PretrainedCTCEncoder(nn.Module):
-    """A transformers CTC model with exits; made by `attach_exits` or `load_pretrained`.
+    """A transformers CTC model with exits; made by `attach_exits`, or loaded with them.
 
     base: the transformers model, for its own `save_pretrained`. Its SpecAugment and its random
     skipping of layers are not used: both draw from the global state. Dropout is.
@@ -215,42 +216,19 @@ class PretrainedCTCEncoder(nn.Module):
         return self
 
 
-# -- from and to files -----------------------------------------------------------------------
-
-
-def load_pretrained(source: str | Path, exits: Iterable[int] | None = None) -> PretrainedCTCEncoder:
-    """The checkpoint `source` (folder, or name on the Hugging Face Hub), with exits, in eval mode.
-
-    exits: layers counted from 1, the last among them; None: every second. CheckpointError: it
-    cannot be read or lacks weights. ConfigError: of another family, or exits out of range.
-    """
-    transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"cannot load {source}: {first}; give a folder or name") from error
-    cls = getattr(transformers, _class_name(config.model_type))
-    try:
-        model, info = cls.from_pretrained(str(source), output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"cannot load {source}: {first}; fetch it again") from error
-    # The mask vector only serves SpecAugment.
-    missing = sorted(k for k in info["missing_keys"] if not k.endswith("masked_spec_embed"))
-    if missing:
-        raise CheckpointError(
-            f"{source} lacks {', '.join(missing[:3])}; give a checkpoint that was trained with CTC"
-        )
-    return attach_exits(model, exits).eval()
+# -- from transformers ------------------------------------------------------------------------
 
 
 def attach_exits(model: Any, exits: Iterable[int] | None = None) -> PretrainedCTCEncoder:
-    """Exits on a transformers model that you hold; it is not copied. As `load_pretrained`."""
-    _transformers()
+    """Exits on a transformers model that you hold; it is not copied.
+
+    exits: layers counted from 1, the last among them; None: every second. ConfigError: a model of
+    another family, or exits out of range.
+    """
+    import_transformers()
     theirs = getattr(model, "config", None)
     family = getattr(theirs, "model_type", None) or type(model).__name__
-    wanted = _class_name(family)
+    wanted = class_name(family)
     if all(cls.__name__ != wanted for cls in type(model).__mro__):
         raise ConfigError(f"the model is a {type(model).__name__}; it must be a {wanted}")
     assert theirs is not None
@@ -276,51 +254,48 @@ def attach_exits(model: Any, exits: Iterable[int] | None = None) -> PretrainedCT
             _checked(exits, L),
             encoder.num_mel_bins if parakeet else None,
             hop,
+            (_parakeet_shape if parakeet else _waveform_shape)(encoder, theirs.vocab_size),
         ),
     )
 
 
-def save_exits(encoder: PretrainedCTCEncoder, path: Path) -> None:
-    """Write the exit heads (not the model) to `path`, a safetensors file."""
-    meta = {"format": _FORMAT, "config": json.dumps(_described(encoder), sort_keys=True)}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.heads.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, meta)
+def _waveform_shape(config: Any, vocab_size: int) -> WaveformShape:
+    gated = config.model_type == "wavlm"
+    adapter = getattr(config, "adapter_attn_dim", None)
+    adapted = config.do_stable_layer_norm and not gated
+    return WaveformShape(
+        config.hidden_size,
+        config.intermediate_size,
+        vocab_size,
+        tuple(config.conv_dim),
+        tuple(config.conv_kernel),
+        tuple(config.conv_stride),
+        config.num_conv_pos_embeddings,
+        config.num_conv_pos_embedding_groups,
+        adapter=(adapter or 0) if adapted else 0,
+        gated=gated,
+    )
 
 
-def load_exits(encoder: PretrainedCTCEncoder, path: Path) -> None:
-    """Give `encoder` the exit heads that `save_exits` wrote for a model of the same shape.
-
-    CheckpointError, and nothing changed: not such a file, damaged, or of another model or exits.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot load exits from {path}: {error}; save them again") from error
-    if meta.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} holds no exit heads; give a file that save_exits wrote")
-    theirs, ours = json.loads(meta["config"]), json.loads(json.dumps(_described(encoder)))
-    if theirs != ours:
-        differing = "; ".join(
-            f"{k} is {theirs.get(k)}, not {ours[k]}" for k in ours if theirs.get(k) != ours[k]
-        )
-        raise CheckpointError(f"the exits in {path} are of another model: {differing}")
-    expected = {k: v.shape for k, v in encoder.heads.state_dict().items()}
-    if {k: v.shape for k, v in tensors.items()} != expected:
-        raise CheckpointError(
-            f"{path} is damaged: its tensors are not those of the exits; save again"
-        )
-    encoder.heads.load_state_dict(tensors)
+def _parakeet_shape(config: Any, vocab_size: int) -> ParakeetShape:
+    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", head_dim)
+    return ParakeetShape(
+        config.hidden_size,
+        config.intermediate_size,
+        vocab_size,
+        heads * head_dim,
+        config.num_key_value_heads * head_dim,
+        config.conv_kernel_size,
+        config.num_mel_bins,
+        config.subsampling_conv_channels,
+        config.subsampling_conv_kernel_size,
+        config.subsampling_conv_stride,
+        config.subsampling_factor.bit_length() - 1,
+    )
 
 
-def _described(encoder: PretrainedCTCEncoder) -> dict[str, Any]:
-    names = ("family", "d_model", "num_layers", "vocab_size", "blank_id", "exits")
-    return {name: getattr(encoder.config, name) for name in names}
-
-
-def _transformers() -> Any:
+def import_transformers() -> Any:
     try:
         import transformers  # slow, and an optional package
     except ImportError as error:
@@ -330,7 +305,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _class_name(family: str) -> str:
+def class_name(family: str) -> str:
     if family not in FAMILIES:
         raise ConfigError(f"the model is of the family {family!r}; allowed: {', '.join(FAMILIES)}")
     return FAMILIES[family]

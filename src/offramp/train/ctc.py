@@ -24,11 +24,14 @@ from offramp.decoding.ctc import greedy
 from offramp.decoding.exit_policies import edit_distance
 from offramp.errors import ConfigError, DataError
 from offramp.models.ctc import CTCEncoder
+from offramp.models.hf_ctc import PretrainedCTCEncoder
 from offramp.nn.layer_dropout import TIME_SCHEDULES, draw_survivors, time_factor
 from offramp.train.augment import SpecAugment
 from offramp.train.schedules import ExitCurriculum, exit_weights
 
 log = logging.getLogger(__name__)
+
+_MORE_MASKS = 2.5  # as many time masks on each of CR-CTC's two views as without it
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ class CTCTraining:
 
     curriculum: which exits have a loss at a step, and their weighting; its own list of exits is
     replaced by the encoder's. early_exit_scale: weight of an early exit beside the last one's 1.
-    distill: share of the deepest exit's posteriors in what earlier exits learn. p_max,
+    distill: share of the deepest exit's posteriors in what earlier exits learn. consistency: how
+    much each exit is to write the same for two maskings of an utterance (CR-CTC, arXiv 2410.05101,
+    which takes 0.2); other than 0 it doubles a step's work, so halve the batches. p_max,
     dropout_schedule: layer dropout, as in LayerSkip. augment: SpecAugment, or None. autocast:
     "bf16" for mixed precision, or "none".
     """
@@ -97,13 +102,14 @@ class CTCTraining:
     )
     early_exit_scale: float = 1.0
     distill: float = 0.0
+    consistency: float = 0.0
     p_max: float = 0.0
     dropout_schedule: str = "constant"
     augment: SpecAugment | None = None
     autocast: str = "none"
 
     def __post_init__(self) -> None:
-        check_range(0, early_exit_scale=self.early_exit_scale)
+        check_range(0, early_exit_scale=self.early_exit_scale, consistency=self.consistency)
         check_range(0, 1, p_max=self.p_max)
         check_choice(
             dropout_schedule=(self.dropout_schedule, TIME_SCHEDULES),
@@ -111,6 +117,26 @@ class CTCTraining:
         )
         if not 0.0 <= self.distill <= 1.0:
             raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")
+        if self.consistency and self.augment is None:
+            raise ConfigError(
+                f"consistency is {self.consistency}, which compares two maskings, and augment is "
+                "None; give a SpecAugment, or consistency 0"
+            )
+
+    @property
+    def num_views(self) -> int:
+        """Maskings of an utterance in a step."""
+        return 2 if self.consistency else 1
+
+    def views(self, batch: SpeechBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(features of the views, one view after the other; their lengths), masked."""
+        features = torch.cat([batch.features] * self.num_views)
+        lengths, augment = batch.lengths.repeat(self.num_views), self.augment
+        if augment is None:
+            return features, lengths
+        if self.consistency:  # the paper's factor: the views are to differ much in time
+            augment = replace(augment, time_masks=round(_MORE_MASKS * augment.time_masks))
+        return augment(features, lengths, generator), lengths
 
 
 # -- the loss ------------------------------------------------------------------------------------
@@ -149,10 +175,23 @@ def distillation(log_probs: Tensor, lengths: Tensor) -> Tensor:
 
     The deepest exit, the last of E, gets no gradient from it.
     """
-    teacher = log_probs[-1].detach()
-    real = torch.arange(teacher.shape[1], device=lengths.device) < lengths[:, None]
-    kl = (teacher.exp() * (teacher - log_probs)).sum(-1)
-    return (kl * real).sum(-1)
+    return _kl(log_probs[-1].detach(), log_probs, lengths)
+
+
+def disagreement(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """KL(other view || this one), summed over real frames, [E, 2B], of log_probs [E, 2B, T, V].
+
+    Rows b and B + b are two views of an utterance, of the same length. Each is drawn to the other,
+    which gets no gradient from it (CR-CTC, arXiv 2410.05101).
+    """
+    other = log_probs.detach().roll(log_probs.shape[1] // 2, dims=1)
+    return _kl(other, log_probs, lengths)
+
+
+def _kl(of: Tensor, log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """KL(of || log_probs), over real frames."""
+    real = torch.arange(log_probs.shape[2], device=lengths.device) < lengths[:, None]
+    return ((of.exp() * (of - log_probs)).sum(-1) * real).sum(-1)
 
 
 def forward_exits(
@@ -198,6 +237,11 @@ class CTCTask:
             raise ConfigError(
                 f"p_max is {training.p_max}; {type(encoder).__name__} has no layer dropout, use 0"
             )
+        raw = isinstance(encoder, PretrainedCTCEncoder) and encoder.config.input_size is None
+        if raw and training.augment is not None:
+            raise ConfigError(
+                "augment masks features, and this model reads samples; set augment to None"
+            )
         self.model: nn.Module = encoder
         self.batches, self.training, self.dev = batches, training, dev
         self.total_steps, self.seed = total_steps, seed
@@ -208,35 +252,38 @@ class CTCTask:
     def backward(self, step: int, shard: int, num_shards: int) -> Mapping[str, float]:
         """Add shard `shard`'s share of step `step`'s gradient; returns sums over its utterances.
 
-        loss: nats of CTC at the last exit, loss_exit_k: at exit k, over `targets` tokens.
+        loss: nats of CTC at the last exit, loss_exit_k: at exit k, over `targets` tokens; with
+        two views of an utterance, their mean.
         infeasible: utterances with more tokens than frames; they have no loss. tokens: feature
         frames. DataError: no utterance has a loss.
         """
         batch = self.batches.batch(step, shard, num_shards)
-        weights = self._weights(step)
+        weights, views = self._weights(step), self.training.num_views
         log_probs, lengths = self._forward(batch, list(weights), step, shard)
-        kept = _feasible(lengths, batch.targets)
-        if len(kept) < len(batch.targets):
-            self._warn(step, len(batch.targets) - len(kept))
+        said = [*batch.targets] * views
+        kept = _feasible(lengths, said)
+        infeasible = (len(said) - len(kept)) // views  # all views of an utterance are as long
+        if infeasible:
+            self._warn(step, infeasible)
             log_probs, lengths = log_probs[:, kept], lengths[kept]
         if not kept:
             raise DataError(
                 f"step {step}, shard {shard}: every text has more tokens than its audio has "
                 "frames; use a finer subsampling, longer tokens, or leave these utterances out"
             )
-        targets = [batch.targets[row] for row in kept]
+        targets = [said[row] for row in kept]
         nll = ctc_nll(log_probs, lengths, targets, self._encoder.config.blank_id)
-        num_targets = sum(map(len, targets))
+        num_targets = sum(map(len, targets)) // views
         total = num_targets if batch.total_targets is None else batch.total_targets
-        loss = self._mix(nll, log_probs, lengths, list(weights.values())) / max(1, total)
+        loss = self._mix(nll, log_probs, lengths, list(weights.values())) / (views * max(1, total))
         loss.backward()  # type: ignore[no-untyped-call]
-        sums = dict(zip(weights, nll.detach().sum(1).tolist(), strict=True))
+        sums = dict(zip(weights, (nll.detach().sum(1) / views).tolist(), strict=True))
         return {
             "loss": sums[self._encoder.config.num_layers],
             "targets": num_targets,
             "tokens": int(batch.lengths.sum()),
             "audio_s": batch.audio_seconds,
-            "infeasible": len(batch.targets) - len(kept),
+            "infeasible": infeasible,
             **{f"loss_exit_{exit_layer}": nats for exit_layer, nats in sums.items()},
         }
 
@@ -266,27 +313,27 @@ class CTCTask:
         if cfg.p_max > 0:
             # Not a function of the shard: all ranks drop as many samples in each layer.
             time = time_factor(step, self.total_steps, cfg.dropout_schedule)
-            survivors = draw_survivors(L, len(batch.targets), cfg.p_max, time, self.seed, step)
+            rows = cfg.num_views * len(batch.targets)
+            survivors = draw_survivors(L, rows, cfg.p_max, time, self.seed, step)
         bf16 = cfg.autocast == "bf16"
         autocast = torch.autocast(device.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16)
         with _seeded(device, self.seed, step, shard) as generator, autocast:
-            features = batch.features
-            if cfg.augment is not None:
-                features = cfg.augment(features, batch.lengths, generator)
-            return forward_exits(
-                self._encoder, features.to(device), batch.lengths.to(device), exits, survivors
-            )
+            features, lengths = cfg.views(batch, generator)
+            features, lengths = features.to(device), lengths.to(device)
+            return forward_exits(self._encoder, features, lengths, exits, survivors)
 
     def _mix(
         self, nll: Tensor, log_probs: Tensor, lengths: Tensor, weights: Sequence[float]
     ) -> Tensor:
-        """The loss [] of nll [E, B]: each exit's share, of CTC and of the deepest exit."""
+        """The loss [] of nll [E, B], with what exits learn of the deepest and of another view."""
         weight = torch.tensor(weights, device=nll.device)
-        share = self.training.distill
-        if share == 0.0:
-            return weight @ nll.sum(1)
-        early = (1 - share) * nll[:-1] + share * distillation(log_probs, lengths)[:-1]
-        return weight @ torch.cat((early, nll[-1:])).sum(1)
+        share, alpha = self.training.distill, self.training.consistency
+        if share:
+            early = (1 - share) * nll[:-1] + share * distillation(log_probs, lengths)[:-1]
+            nll = torch.cat((early, nll[-1:]))
+        if alpha:
+            nll = nll + alpha * disagreement(log_probs, lengths)
+        return weight @ nll.sum(1)
 
     @torch.no_grad()
     def evaluate(self) -> Mapping[str, float]:

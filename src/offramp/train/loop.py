@@ -9,6 +9,8 @@ and a dropped layer has none. Launch several processes with torchrun.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import os
 import time
@@ -35,7 +37,11 @@ STATE_FILE = "state.safetensors"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run. `num_shards` splits each batch: accumulation steps times processes."""
+    """Settings of a run. `num_shards` splits each batch: accumulation steps times processes.
+
+    average: what is evaluated and handed out are the weights' exponential moving average, which
+    keeps this share of itself at a step (0.999, for a run of thousands); 0: the weights themselves.
+    """
 
     steps: int
     lr: float
@@ -44,6 +50,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
+    average: float = 0.0
     num_shards: int = 1
     checkpoint_every: int = 100
     evaluate_every: int = 500
@@ -59,6 +66,7 @@ class TrainConfig:
         if not self.max_grad_norm > 0.0:
             raise ConfigError(f"max_grad_norm is {self.max_grad_norm}; it must be greater than 0")
         check_range(0, weight_decay=self.weight_decay)
+        check_range(0, 1, average=self.average)
         if len(self.betas) != 2:
             raise ConfigError(f"betas is {self.betas}; it must be two numbers")
         for beta in self.betas:
@@ -113,7 +121,8 @@ def train(
     """Run or resume; yields events, on every process. State lies in `out`/`STATE_FILE`.
 
     `settings` is all that determines the result (as JSON): a state written under others is
-    refused.
+    refused. After the last event `task.model` has the weights that the run is for: with
+    `config.average` their average.
     """
     # How often to save and to look changes nothing in the result, so a resumed run may differ.
     ours = {k: v for k, v in asdict(config).items() if not k.endswith("_every")}
@@ -125,11 +134,16 @@ def train(
                 f"num_shards is {config.num_shards} for {world} processes; it must be a multiple"
             )
         optimizers = _optimizers(task.model, config)
+        average = copy.deepcopy(task.model) if config.average else None
+        # A state file holds one module: both, where there are two.
+        kept = task.model if average is None else nn.ModuleList([task.model, average])
         state = out / STATE_FILE
-        first = load_state(state, task.model, optimizers, settings) if state.exists() else 0
+        first = load_state(state, kept, optimizers, settings) if state.exists() else 0
         began, tokens = time.monotonic(), 0.0
         for step in range(first, config.steps):
             sums, norm = _step(task, config, optimizers, step, rank, world)
+            if average is not None:
+                _update(average, task.model, config.average, step)
             tokens += sums["tokens"]
             seconds = time.monotonic() - began
             yield StepDone(
@@ -142,10 +156,12 @@ def train(
             )
             done = step + 1 == config.steps
             if rank == 0 and (done or (step + 1) % config.checkpoint_every == 0):
-                save_state(state, task.model, optimizers, step + 1, settings)
+                save_state(state, kept, optimizers, step + 1, settings)
                 yield Saved(step + 1, state)
             if rank == 0 and (done or (step + 1) % config.evaluate_every == 0):
-                yield Evaluated(step + 1, task.evaluate())
+                yield Evaluated(step + 1, _evaluate(task, average))
+        if average is not None:
+            task.model.load_state_dict(average.state_dict())
 
 
 def _step(
@@ -174,6 +190,31 @@ def _step(
     for optimizer in optimizers:
         optimizer.step()
     return sums, float(norm)
+
+
+@torch.no_grad()
+def _update(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Take the weights after step `step`, counted from 0, into their average.
+
+    The start, where all is far from good, is soon forgotten: there the average keeps less of itself
+    (a tenth, two elevenths, ...). Running statistics are averaged too, counters are taken over.
+    """
+    kept = min(decay, (1 + step) / (10 + step))
+    means, news = (itertools.chain(m.parameters(), m.buffers()) for m in (average, model))
+    for mean, new in zip(means, news, strict=True):
+        mean.copy_(new.lerp(mean, kept) if mean.is_floating_point() else new)
+
+
+def _evaluate(task: Task, average: nn.Module | None) -> Mapping[str, float]:
+    """The task's figures with the averaged weights, if there are any; it keeps its own."""
+    if average is None:
+        return task.evaluate()
+    own = {name: value.clone() for name, value in task.model.state_dict().items()}
+    task.model.load_state_dict(average.state_dict())
+    try:
+        return task.evaluate()
+    finally:
+        task.model.load_state_dict(own)
 
 
 def is_first_process() -> bool:

@@ -2,8 +2,8 @@
 
 A batch is a pure function of (seed, step), like everything random here, so that a resumed run
 goes on as if it had never stopped. Recordings stay in memory as 16-bit samples; augmentation,
-synthesis and features are made anew for every batch. Under torchrun each process prepares the
-shards that it trains on.
+synthesis and features are made anew for every batch, ahead of the training in a process of their
+own. Under torchrun each process prepares the shards that it trains on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,13 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.audio.features import encoder_input
 from offramp.audio.io import SAMPLE_RATE, read_audio
 from offramp.config import EncoderConfig, check_counts, check_positive
 from offramp.data import batching
 from offramp.data.augment_audio import AudioAugmentation
 from offramp.data.corpora import data_root
-from offramp.data.manifest import Utterance
+from offramp.data.manifest import Utterance, read_manifest
 from offramp.data.speech import DigitString, connected_digits, normalized, speech_set
 from offramp.data.synthetic import (
     Sentence,
@@ -34,11 +34,12 @@ from offramp.data.synthetic import (
     book_sentences,
     transcript_sentences,
 )
-from offramp.errors import ConfigError, DataError
+from offramp.errors import CheckpointError, ConfigError, DataError
+from offramp.models import hub
 from offramp.models.ctc import CTCEncoder
-from offramp.models.ctc_checkpoint import load_encoder, save_encoder
-from offramp.models.hub import check_target, weights_sha256
-from offramp.tokenizer import TextTokenizer, train_ctc_bpe
+from offramp.models.hf_checkpoint import is_pretrained
+from offramp.models.hf_ctc import FAMILIES
+from offramp.tokenizer import TextTokenizer, ctc_words, train_ctc_bpe
 from offramp.train.ctc import CTCTask, CTCTraining, SpeechBatch
 from offramp.train.loop import (
     TrainConfig,
@@ -47,6 +48,8 @@ from offramp.train.loop import (
     process_device,
     train,
 )
+from offramp.train.prefetch import prefetched
+from offramp.train.trainee import Pretrained, Reader, Trainee, attached, ours, ours_from
 
 _SYNTHETIC_CHARS_PER_S = 14.0  # how fast the voices speak on average, to sort before speaking
 
@@ -96,11 +99,11 @@ class Recordings:
 class Digits:
     """`count` connected-digit strings per epoch, other ones in each."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
+    def __init__(self, count: int, seed: int, split: str = "train") -> None:
+        self._count, self._seed, self._split = count, seed, split
 
     def epoch(self, epoch: int) -> list[SpeechItem]:
-        strings = connected_digits("train", self._count, seed=self._seed + 1_000_003 * epoch)
+        strings = connected_digits(self._split, self._count, self._seed + 1_000_003 * epoch)
         return [SpeechItem(s.text, _digit_seconds(s), s.samples) for s in strings]
 
     def fingerprint(self) -> object:
@@ -132,18 +135,20 @@ class Synthetic:
 class MixedSpeech:
     """Implements `train.ctc.SpeechBatches`: all sources mixed, batches of like length.
 
-    batch_seconds: of audio in a batch, padding included, about.
+    batch_seconds: of audio in a batch, padding included, about. num_shards: no batch has fewer
+    utterances, whatever their length.
     """
 
     def __init__(
         self,
         sources: Sequence[SpeechSource],
-        tokenizer: TextTokenizer,
+        reader: Reader,
         batch_seconds: float,
         seed: int,
         augmentation: AudioAugmentation | None,
+        num_shards: int = 1,
     ) -> None:
-        self._sources, self._tokenizer = sources, tokenizer
+        self._sources, self._reader, self._num_shards = sources, reader, num_shards
         self._batch_seconds, self._seed = batch_seconds, seed
         self._augmentation = augmentation
         self._ends: list[int] = []  # steps up to the end of each epoch planned so far
@@ -151,16 +156,13 @@ class MixedSpeech:
 
     def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
         items = self._items(step)
-        if len(items) < num_shards:
-            raise ConfigError(
-                f"a batch of {len(items)} utterances does not split into {num_shards} shards; "
-                f"raise batch_seconds ({self._batch_seconds})"
-            )
+        assert num_shards <= len(items), "planned for fewer shards"
         # In order of length, so every num_shards-th of them is a fair share.
         mine = range(shard, len(items), num_shards)
         samples = [self._heard(items[row], step, row) for row in mine]
-        texts = self._tokenizer.encode_batch([item.text for item in items])
-        return speech_batch(samples, [texts[row] for row in mine], sum(map(len, texts)))
+        texts = self._reader.encode_batch([item.text for item in items])
+        targets = [texts[row] for row in mine]
+        return speech_batch(self._reader, samples, targets, sum(map(len, texts)))
 
     def _heard(self, item: SpeechItem, step: int, row: int) -> Tensor:
         samples = item.samples()
@@ -178,28 +180,63 @@ class MixedSpeech:
         """The epoch's batches: items of like length, batches in random order."""
         if self._current is None or self._current[0] != epoch:
             items = [item for source in self._sources for item in source.epoch(epoch)]
+            if len(items) < self._num_shards:
+                raise DataError(
+                    f"{len(items)} utterances do not split into {self._num_shards} shards; give "
+                    "more of them, or lower num_shards"
+                )
             draw = np.random.default_rng((self._seed, epoch))
             # Lengths are blurred, or the same utterances would always meet.
             blurred = [
                 item.seconds * f
                 for item, f in zip(items, draw.uniform(0.85, 1.15, len(items)), strict=True)
             ]
-            batches = pack([items[i] for i in np.argsort(blurred)], self._batch_seconds)
+            by_length = [items[i] for i in np.argsort(blurred)]
+            batches = pack(by_length, self._batch_seconds, self._num_shards)
             self._current = epoch, [batches[i] for i in draw.permutation(len(batches))]
         return self._current[1]
 
 
-def pack(items: Sequence[SpeechItem], batch_seconds: float) -> list[list[SpeechItem]]:
-    """Neighbours together, as many as fit `batch_seconds` with padding; each batch by length."""
-    batches = batching.pack([item.seconds for item in items], batch_seconds)
-    return [sorted((items[i] for i in rows), key=lambda item: item.seconds) for rows in batches]
+def pack(
+    items: Sequence[SpeechItem], batch_seconds: float, least: int = 1
+) -> list[list[SpeechItem]]:
+    """Neighbours together, as many as fit `batch_seconds` with padding; each batch by length.
+
+    least: utterances that every batch has at least, also where they do not fit.
+    """
+    rows = batching.pack([item.seconds for item in items], batch_seconds)
+    found, start = [], 0
+    for size in at_least([len(batch) for batch in rows], least):
+        batch = items[start : start + size]
+        found.append(sorted(batch, key=lambda item: item.seconds))
+        start += size
+    return found
+
+
+def at_least(sizes: Sequence[int], least: int) -> list[int]:
+    """Sizes of the same sum, each at least `least` (unless all together are fewer).
+
+    A batch takes what it lacks from the one before it, where utterances are shorter; what is left
+    of the first ones joins the next.
+    """
+    found = list(sizes)
+    for i in range(len(found) - 1, 0, -1):
+        lacks = max(0, least - found[i])
+        found[i] += lacks
+        found[i - 1] -= lacks  # perhaps below 0: then that one takes more
+    while len(found) > 1 and found[0] < least:
+        found[:2] = [found[0] + found[1]]
+    return found
 
 
 def speech_batch(
-    samples: Sequence[Tensor], targets: Sequence[Sequence[int]], total_targets: int | None = None
+    reader: Reader,
+    samples: Sequence[Tensor],
+    targets: Sequence[Sequence[int]],
+    total_targets: int | None = None,
 ) -> SpeechBatch:
-    """Samples [N_b] each and their token ids, as normalised features."""
-    features, lengths = encoder_input(samples)
+    """Samples [N_b] each, as the encoder reads them, and their token ids."""
+    features, lengths = reader.inputs(samples)
     seconds = sum(map(len, samples)) / SAMPLE_RATE
     return SpeechBatch(features, lengths, targets, seconds, total_targets)
 
@@ -208,16 +245,21 @@ def speech_batch(
 class SpeechRecipe:
     """One training run of a CTC encoder.
 
-    encoder: its shape, or the folder of a checkpoint to start from, whose tokenizer is kept.
-    sets: names of speech sets (`data.speech.SPEECH_SETS`), their train splits. digit_strings,
-    synthetic_sentences: how many of them per epoch. dev_sets: sets that are evaluated during
-    training, `dev_utterances` of each. Utterances longer than `max_seconds` are left out.
+    encoder: its shape, or a checkpoint to start from, whose tokenizer is kept: a folder of ours, or
+    a transformers model that gets exits.
+    words: the vocabulary, one token each; empty: the pieces that `ctc_tokenizer` makes.
+    sets: names of speech sets (`data.speech.SPEECH_SETS`) or paths of manifests (.tsv, .jsonl),
+    their train splits. digit_strings, synthetic_sentences: how many of them per epoch. dev_sets:
+    sets that are evaluated during training, `dev_utterances` of each, as are `dev_digit_strings`.
+    Utterances longer than `max_seconds` are left out. prefetch: make batches ahead in a process of
+    their own; the same batches, but its start takes some seconds.
     """
 
     name: str
-    encoder: EncoderConfig | str
+    encoder: EncoderConfig | str | Pretrained
     train: TrainConfig
     training: CTCTraining = field(default_factory=CTCTraining)
+    words: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
     digit_strings: int = 0
     synthetic_sentences: int = 0
@@ -226,9 +268,11 @@ class SpeechRecipe:
     max_seconds: float = 20.0
     dev_sets: tuple[str, ...] = ()
     dev_utterances: int = 40
+    dev_digit_strings: int = 0
+    prefetch: bool = True
 
     def __post_init__(self) -> None:
-        counts = ("digit_strings", "synthetic_sentences", "dev_utterances")
+        counts = ("digit_strings", "synthetic_sentences", "dev_utterances", "dev_digit_strings")
         check_counts(0, **{name: getattr(self, name) for name in counts})
         check_positive(batch_seconds=self.batch_seconds, max_seconds=self.max_seconds)
         if not (self.sets or self.digit_strings or self.synthetic_sentences):
@@ -236,38 +280,60 @@ class SpeechRecipe:
                 "the recipe has nothing to train on; give sets, digit_strings or "
                 "synthetic_sentences"
             )
+        if self.words:
+            self._check_words()
+
+    def _check_words(self) -> None:
+        if not isinstance(self.encoder, EncoderConfig):
+            raise ConfigError("words are given, but a checkpoint brings its own; drop them")
+        if self.encoder.vocab_size != len(self.words) + 1:
+            raise ConfigError(
+                f"vocab_size is {self.encoder.vocab_size} for {len(self.words)} words; it must be "
+                f"{len(self.words) + 1}, with the blank"
+            )
 
     def run(self, out: Path, device: str = "cpu") -> Iterator[TrainEvent]:
         """Train or resume in `out`; at the end its `checkpoint` folder holds the model."""
         folder = out / "checkpoint"
-        check_target(folder)  # before the training, not after it
-        encoder, tokenizer, start = self._start(process_device(device))
+        hub.check_target(folder)  # before the training, not after it
+        trainee = self._trainee(process_device(device))
         sources = self._sources()
         batches = MixedSpeech(
-            sources, tokenizer, self.batch_seconds, self.train.seed, self.augmentation
+            sources,
+            trainee.reader,
+            self.batch_seconds,
+            self.train.seed,
+            self.augmentation,
+            self.train.num_shards,
         )
-        task = CTCTask(
-            encoder, batches, self.training, self.train.steps, self.train.seed, self._dev(tokenizer)
-        )
-        settings = asdict(self) | {
-            "start weights": start,
-            "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
-            "training data": [source.fingerprint() for source in sources],
-        }
-        yield from train(task, self.train, out, settings)
+        steps, seed, dev = self.train.steps, self.train.seed, self._dev(trainee.reader)
+        settings = asdict(self) | trainee.fingerprint()
+        del settings["prefetch"]  # changes nothing but the pace
+        settings["training data"] = [source.fingerprint() for source in sources]
+        ahead = prefetched(batches, steps) if self.prefetch else nullcontext(batches)
+        with ahead as made:
+            task = CTCTask(trainee.encoder, made, self.training, steps, seed, dev)
+            yield from train(task, self.train, out, settings)
         if is_first_process():
-            files = {"tokenizer.json": tokenizer.to_json()}
-            save_encoder(encoder, folder, torch.float16, files)
+            trainee.save(folder)
 
-    def _start(self, device: torch.device) -> tuple[CTCEncoder, TextTokenizer, str | None]:
-        """(encoder, tokenizer, sha256 of the weights it starts from)."""
-        if isinstance(self.encoder, str):
-            folder = Path(self.encoder)
-            encoder = load_encoder(folder, device).requires_grad_(True).train()
-            return encoder, TextTokenizer.load(folder / "tokenizer.json"), weights_sha256(folder)
-        encoder = CTCEncoder(self.encoder)
-        encoder.init_weights(self.train.seed)
-        return encoder.to(device).train(), ctc_tokenizer(self.encoder.vocab_size), None
+    def _trainee(self, device: torch.device) -> Trainee:
+        if isinstance(self.encoder, EncoderConfig):
+            size = self.encoder.vocab_size
+            tokenizer = ctc_words(self.words) if self.words else ctc_tokenizer(size)
+            encoder = CTCEncoder(self.encoder)
+            encoder.init_weights(self.train.seed)
+            return ours(encoder.to(device), tokenizer)
+        wanted = self.encoder if isinstance(self.encoder, Pretrained) else Pretrained(self.encoder)
+        folder = hub.resolve(wanted.folder)
+        if is_pretrained(folder):
+            return attached(folder, wanted, device)
+        if isinstance(self.encoder, Pretrained):
+            raise CheckpointError(
+                f"{folder} holds no model of {', '.join(FAMILIES)}; give the folder of one, or, "
+                "for a checkpoint of ours, its folder itself as encoder"
+            )
+        return ours_from(folder, device)
 
     def _sources(self) -> list[SpeechSource]:
         sources: list[SpeechSource] = []
@@ -276,26 +342,35 @@ class SpeechRecipe:
         if self.digit_strings:
             sources.append(Digits(self.digit_strings, self.train.seed))
         if self.synthetic_sentences:
-            sentences = _train_sentences(data_root())
+            sentences = [s for s in _train_sentences(data_root()) if _fits(s, self.max_seconds)]
+            if not sentences:
+                raise DataError(f"no sentence takes less than max_seconds, {self.max_seconds}")
             sources.append(Synthetic(sentences, self.synthetic_sentences, self.train.seed))
         return sources
 
     def _utterances(self, sets: Sequence[str], split: str) -> list[Utterance]:
         found = []
         for name in sets:
-            kept, _ = normalized(speech_set(name, split))
+            is_file = name.endswith((".tsv", ".jsonl"))
+            known = read_manifest(Path(name), split) if is_file else speech_set(name, split)
+            kept, _ = normalized(known)
             found += [u for u in kept if u.seconds <= self.max_seconds]
         if not found:
             raise DataError(f"the sets {', '.join(sets)} have no utterances of split {split}")
         return found
 
-    def _dev(self, tokenizer: TextTokenizer) -> list[SpeechBatch]:
+    def _dev(self, reader: Reader) -> list[SpeechBatch]:
+        sets = [
+            Recordings(self._utterances([name], "dev")[: self.dev_utterances]).epoch(0)
+            for name in self.dev_sets
+        ]
+        if self.dev_digit_strings:
+            sets.append(Digits(self.dev_digit_strings, 0, "dev").epoch(0))
         batches = []
-        for name in self.dev_sets:
-            items = Recordings(self._utterances([name], "dev")[: self.dev_utterances]).epoch(0)
+        for items in sets:
             for some in pack(sorted(items, key=lambda i: i.seconds), self.batch_seconds):
-                texts = tokenizer.encode_batch([item.text for item in some])
-                batches.append(speech_batch([item.samples() for item in some], texts))
+                texts = reader.encode_batch([item.text for item in some])
+                batches.append(speech_batch(reader, [item.samples() for item in some], texts))
         return batches
 
 
@@ -309,6 +384,11 @@ def ctc_tokenizer(vocab_size: int) -> TextTokenizer:
 def _train_sentences(root: Path) -> tuple[Sentence, ...]:
     """What synthetic speech says in training: read once, for the pieces and for the voices."""
     return (*book_sentences("train", root), *transcript_sentences("train", root))
+
+
+def _fits(sentence: Sentence, max_seconds: float) -> bool:
+    """Whether it can be said in that time, about."""
+    return len(sentence.text) / _SYNTHETIC_CHARS_PER_S <= max_seconds
 
 
 def _digit_seconds(string: DigitString) -> float:

@@ -1,0 +1,77 @@
+"""Batches of speech made ahead in another process, while the model trains on the present one.
+
+Decoding, augmentation, synthesis and features take a quarter of a step on one core. A batch is a
+pure function of (step, shard), so who makes it, and when, changes nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from offramp.train.ctc import SpeechBatch, SpeechBatches
+
+_DEPTH = 2  # steps ahead: evens out batches that take longer than a step
+_Packed = tuple[np.ndarray, np.ndarray, list[list[int]], float, int | None]
+
+_worker: SpeechBatches  # in the worker process: what makes the batches there
+
+
+class PrefetchedBatches:
+    """Implements `train.ctc.SpeechBatches`: what `batches` gives, made ahead in one process."""
+
+    def __init__(self, batches: SpeechBatches, total_steps: int) -> None:
+        """batches: must pickle. No batch is made ahead of `total_steps`."""
+        self._total_steps = total_steps
+        self._pool = ProcessPoolExecutor(
+            # Forking would copy a process whose threads may hold locks.
+            1,
+            multiprocessing.get_context("spawn"),
+            _start,
+            (batches,),
+        )
+        self._made: dict[tuple[int, int, int], Future[_Packed]] = {}
+
+    def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
+        for ahead in range(step, min(step + _DEPTH, self._total_steps - 1) + 1):
+            key = ahead, shard, num_shards
+            if key not in self._made:
+                self._made[key] = self._pool.submit(_make, *key)
+        features, lengths, targets, seconds, total = self._made.pop(
+            (step, shard, num_shards)
+        ).result()
+        return SpeechBatch(
+            torch.from_numpy(features), torch.from_numpy(lengths), targets, seconds, total
+        )
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def prefetched(batches: SpeechBatches, total_steps: int) -> Iterator[PrefetchedBatches]:
+    """`PrefetchedBatches` whose process ends with the block."""
+    made = PrefetchedBatches(batches, total_steps)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _start(batches: SpeechBatches) -> None:
+    global _worker
+    torch.set_num_threads(1)  # beside the training, a second thread would only fight with it
+    _worker = batches
+
+
+def _make(step: int, shard: int, num_shards: int) -> _Packed:
+    batch = _worker.batch(step, shard, num_shards)
+    # As arrays: tensors would travel through shared memory, which small containers run out of.
+    features, lengths = batch.features.numpy(), batch.lengths.numpy()
+    targets = [list(row) for row in batch.targets]
+    return features, lengths, targets, batch.audio_seconds, batch.total_targets

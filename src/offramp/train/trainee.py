@@ -1,0 +1,102 @@
+"""What a speech recipe trains: an encoder of ours, or a transformers model that gets exits.
+
+Both come with what they read and write, so that recipe, batches and loss need not tell them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offramp.audio.features import encoder_input
+from offramp.models.ctc import CTCEncoder
+from offramp.models.ctc_checkpoint import load_encoder, save_encoder
+from offramp.models.hf_checkpoint import PretrainedSpeech
+from offramp.models.hub import weights_sha256
+from offramp.tokenizer import TextTokenizer
+from offramp.train.ctc import ExitEncoder
+
+
+class Reader(Protocol):
+    """How samples become an encoder's input, and texts its targets."""
+
+    def inputs(self, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Samples [N_b] each -> padded input [B, ...] and true lengths int64 [B]."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class LogMelReader:
+    """Our encoders': normalised log-mel, and the pieces of a tokenizer."""
+
+    tokenizer: TextTokenizer
+
+    def inputs(self, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return encoder_input(samples)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer.encode_batch(texts)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A transformers CTC model that gets exits (arXiv 2309.09546).
+
+    folder: of the checkpoint, or its hub id. exits: layers counted from 1, the last among them;
+    none: those that the folder has, or else every second. freeze: train the exit heads alone, so
+    that the last exit stays what it is.
+    """
+
+    folder: str
+    exits: tuple[int, ...] = ()
+    freeze: bool = True
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """weights: sha256 of those it starts from, None if they are new. vocabulary: of its targets, as
+    text. save: writes its checkpoint into a folder."""
+
+    encoder: ExitEncoder
+    reader: Reader
+    weights: str | None
+    vocabulary: str
+    save: Callable[[Path], None]
+
+    def fingerprint(self) -> dict[str, str | None]:
+        """What its training depends on."""
+        tokens = hashlib.sha256(self.vocabulary.encode()).hexdigest()
+        return {"start weights": self.weights, "tokenizer": tokens}
+
+
+def ours(encoder: CTCEncoder, tokenizer: TextTokenizer, weights: str | None = None) -> Trainee:
+    """`encoder` to be trained, written with half-precision weights."""
+    text = tokenizer.to_json()
+    files = {"tokenizer.json": text}
+    save = partial(save_encoder, encoder, dtype=torch.float16, files=files)
+    encoder.requires_grad_(True).train()
+    return Trainee(encoder, LogMelReader(tokenizer), weights, text, save)
+
+
+def ours_from(folder: Path, device: torch.device) -> Trainee:
+    """The checkpoint of ours in `folder`, to be trained further."""
+    tokenizer = TextTokenizer.load(folder / "tokenizer.json")
+    return ours(load_encoder(folder, device), tokenizer, weights_sha256(folder))
+
+
+def attached(folder: Path, wanted: Pretrained, device: torch.device) -> Trainee:
+    """The transformers model in `folder` with the exits that are `wanted`, to be trained."""
+    speech = PretrainedSpeech.load(folder, wanted.exits or None, device=device, untrained=True)
+    speech.encoder.train().freeze_base(wanted.freeze)
+    vocabulary = json.dumps(speech.reader.pieces)
+    return Trainee(speech.encoder, speech.reader, weights_sha256(folder), vocabulary, speech.save)

@@ -1,0 +1,152 @@
+"""Where `offramp transcribe` puts its transcripts: a folder, or standard output as they come."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from offramp import terminal
+from offramp.audio.io import duration_s
+from offramp.errors import AudioError, InputError
+from offramp.files import replacing
+from offramp.recognizer import Recognizer, TranscribeOptions, Transcription
+from offramp.transcript_formats import FORMATS
+
+
+class TranscriptOutput:
+    """Where transcripts of `files` go: a folder, or standard output.
+
+    What cannot be written is refused here, before the work. InputError.
+    """
+
+    def __init__(
+        self, files: Sequence[str], format: str, folder: Path | None, trail: bool = False
+    ) -> None:
+        self._files, self._format, self._folder = files, format, folder
+        if trail and format != "json":
+            raise InputError(f"trail goes into json only, and the format is {format}")
+        if folder is None and len(files) > 1 and format not in ("txt", "json"):
+            raise InputError(
+                f"several files as {format} do not fit into one; give a folder with -o"
+            )
+        if folder is not None:
+            _check_folder(folder)
+            targets = [self._target(name) for name in files]
+            if twice := next((t for t in targets if targets.count(t) > 1), None):
+                raise InputError(
+                    f"several files would be written to {twice}; transcribe them into two folders"
+                )
+
+    def write(self, recognizer: Recognizer, options: TranscribeOptions) -> int:
+        """Transcribe all; of several files those that failed are named at the end, and counted.
+
+        A single one that fails raises its AudioError.
+        """
+        recognizer.plan(options)  # a fault of the options is no fault of the first file
+        failures: list[str] = []
+        try:
+            with files_progress(self._files) as tells:
+                for name, tell in zip(self._files, tells, strict=True):
+                    try:
+                        self._one(name, recognizer.stream(name, options), tell)
+                    except AudioError as error:
+                        if len(self._files) == 1:
+                            raise
+                        failures.append(str(error))
+        finally:
+            self._show(failures)
+        return len(failures)
+
+    def _show(self, failures: Sequence[str]) -> None:
+        for failure in failures:
+            print(f"offramp: {failure}", file=sys.stderr)
+        if failures:
+            print(f"offramp: {len(failures)} of {len(self._files)} files failed", file=sys.stderr)
+
+    def _one(self, name: str, run: Transcription, tell: Callable[[float], None]) -> None:
+        """tell: is called with how many seconds of the recording are done."""
+        # On a terminal text is shown as it comes; in a file or pipe it is whole or absent.
+        live = self._folder is None and self._format == "txt" and sys.stdout.isatty()
+        several = len(self._files) > 1
+        shown = False
+        for segment in run:
+            tell(segment.end_s)
+            if live and segment.text:
+                if several and not shown:
+                    print(f"==> {name} <==")
+                print(segment.text, flush=True)
+                shown = True
+        if live and shown:
+            return
+        made = run.transcript
+        if self._folder is not None:
+            with replacing(self._target(name)) as temporary:
+                temporary.write_text(FORMATS[self._format](made), encoding="utf-8")
+        elif several and self._format == "json":
+            terminal.print_json({"file": name} | made.to_dict())
+        else:
+            head = f"==> {name} <==\n" if several else ""
+            print(head + FORMATS[self._format](made), end="", flush=True)
+
+    def _target(self, name: str) -> Path:
+        assert self._folder is not None
+        stem = "stdin" if name == "-" else Path(name).stem
+        return self._folder / f"{stem}.{self._format}"
+
+
+@contextmanager
+def files_progress(names: Sequence[str]) -> Iterator[Iterator[Callable[[float], None]]]:
+    """A bar on standard error, where that is a terminal, that counts files and parts of them.
+
+    Yields what to call with the seconds done, for each file in turn.
+    """
+    columns = (
+        TextColumn("transcribing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    # What goes to the same terminal is written above the bar; a pipe stays as it is.
+    above = sys.stdout.isatty()
+    shown = terminal.err.is_terminal
+    bar = Progress(
+        *columns, console=terminal.err, transient=True, disable=not shown, redirect_stdout=above
+    )
+
+    def tell(number: int, seconds: float, done: float) -> None:
+        bar.update(task, completed=number + min(1.0, done / seconds))
+
+    def tells() -> Iterator[Callable[[float], None]]:
+        for number, name in enumerate(names):
+            yield partial(tell, number, known_seconds(name) if shown else math.inf)
+            bar.update(task, completed=number + 1)
+
+    with bar:
+        task = bar.add_task("", total=len(names))
+        yield tells()
+
+
+def known_seconds(name: str) -> float:
+    """The length of the recording; infinite where it cannot be told beforehand."""
+    try:
+        return math.inf if name == "-" else duration_s(Path(name)) or math.inf
+    except AudioError:
+        return math.inf  # transcribing it will say why
+
+
+def _check_folder(folder: Path) -> None:
+    """InputError unless `folder` can be written to, or made."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(
+            f"cannot write to {folder}: {place} is no folder you may write to; choose another one"
+        )

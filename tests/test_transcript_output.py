@@ -1,0 +1,35 @@
+"""The bar over files that are transcribed; the rest is tested through the command line."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+import toy_speech
+from offramp import terminal
+from offramp.transcript_output import files_progress, known_seconds
+
+
+def capture(monkeypatch, name: str = "out", colours: bool = False) -> io.StringIO:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=colours, width=200, highlight=False)
+    monkeypatch.setattr(terminal, name, console)
+    return written
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_progress_of_files_shows_on_a_terminal_alone(monkeypatch, tmp_path, colours):
+    path = str(toy_speech.write(tmp_path / "a.wav", toy_speech.speak("do mi")))
+    shown = capture(monkeypatch, "err", colours)
+    with files_progress([path, "-", "none.wav"]) as tells:
+        for tell in tells:
+            tell(0.5)
+    assert ("3/3" in shown.getvalue()) == colours
+    assert colours or shown.getvalue() == ""
+
+
+def test_lengths_are_known_where_headers_say_them(tmp_path):
+    path = toy_speech.write(tmp_path / "a.wav", toy_speech.speak("do"))
+    assert known_seconds(str(path)) == pytest.approx(0.85)
+    assert known_seconds("-") == known_seconds("none.wav") == math.inf
