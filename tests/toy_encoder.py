@@ -21,6 +21,7 @@ SIZES: dict[str, Any] = {
     "num_mels": 8,
 }
 OURS: dict[str, Any] = {
+    "pad_edges": True,
     "subsampling_activation": "silu",
     "positions": "rotary",
     "conv_norm": "layer",
@@ -40,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours": OURS,
     "subsampling of 2": OURS | {"subsampling": 2},
     "subsampling of 8": OURS | {"subsampling": 8},
+    "edges cut off": OURS | {"pad_edges": False},
     "linear subsampling": OURS | {"subsampling_activation": "none"},
     "absolute positions": OURS | {"positions": "absolute"},
     "batch norm": OURS | {"conv_norm": "batch"},

@@ -111,7 +111,8 @@ class EncoderConfig:
     changes one thing, so that an ablation can take it out.
 
     exits: the layers with an exit, rising; the last is `num_layers`. subsampling: feature frames
-    per output frame (2, 4 or 8). subsampling_activation: `none` or `silu`. positions: `absolute`
+    per output frame (2, 4 or 8). pad_edges: zeros around the features, or up to 2 (subsampling - 1)
+    of their frames are lost. subsampling_activation: `none` or `silu`. positions: `absolute`
     (sinusoids, added once) or `rotary`. conv_norm: inside the convolution module, `batch` or
     `layer`. shared_head: one norm and one head for all exits. feedback: every exit's posteriors
     return into the tower (SC-CTC, arXiv 2104.02724); needs `shared_head`.
@@ -133,6 +134,7 @@ class EncoderConfig:
     blank_id: int = 0
     dropout: float = 0.0
     subsampling: int = 4
+    pad_edges: bool = False
     subsampling_activation: str = "none"
     positions: str = "absolute"
     conv_norm: str = "batch"
@@ -153,6 +155,7 @@ class EncoderConfig:
             subsampling_activation=(self.subsampling_activation, ("none", "silu")),
             positions=(self.positions, ("absolute", "rotary")),
             conv_norm=(self.conv_norm, ("batch", "layer")),
+            pad_edges=(self.pad_edges, (False, True)),
             shared_head=(self.shared_head, (False, True)),
             feedback=(self.feedback, (False, True)),
             branch_pool=(self.branch_pool, ("first", "learned")),
@@ -208,11 +211,22 @@ class EncoderConfig:
         """Convolutions of stride 2 in front of the tower."""
         return self.subsampling.bit_length() - 1
 
+    @property
+    def edge_frames(self) -> int:
+        """Zero frames before the features, and after them: ceil(T / subsampling) come out."""
+        return self.subsampling - 1 if self.pad_edges else 0
+
+    @property
+    def least_frames(self) -> int:
+        """Feature frames that the shortest utterance has."""
+        return 1 if self.pad_edges else 2 * self.subsampling - 1
+
     def output_frames(self, num_frames: int) -> int:
         """Frames of the tower for `num_frames` feature frames; 0: too short for the convolutions.
 
         Each convolution has kernel 3, stride 2 and no padding.
         """
+        num_frames += 2 * self.edge_frames if num_frames else 0
         for _ in range(self.subsampling_layers):
             num_frames = max(0, (num_frames - 1) // 2)
         return num_frames

@@ -94,7 +94,7 @@ def test_the_controls_of_the_claim_are_equal_where_they_say_so() -> None:
     narrow = replace(arm_encoder("widened"), d_ff=arm_encoder("early_exit").d_ff)
     assert narrow == arm_encoder("early_exit")
     for arm in ("ours", "early_exit_12hz"):
-        assert arm_encoder(arm).output_frames(801) == 99
+        assert arm_encoder(arm).output_frames(800) in (99, 100)
     assert replace(arm_encoder("ours"), subsampling=4) == arm_encoder("ours_25hz")
 
 

@@ -268,6 +268,24 @@ def test_absolute_positions_are_added_once_and_rotary_ones_never() -> None:
         assert torch.allclose(h, h[:, :1].expand_as(h), atol=1e-5) == same
 
 
+@pytest.mark.parametrize("subsampling", [2, 4, 8])
+def test_padded_edges_lose_no_frame_of_the_features(subsampling: int) -> None:
+    """Every frame of every length has a say; without them the last ones may have none."""
+    model = encoder(pad_edges=True, subsampling=subsampling)
+    for length in range(1, 40):
+        x, n = features([length])
+        state = model.embed(x.requires_grad_(), n)
+        assert state.h.shape[1] == -(-length // subsampling) == model.config.output_frames(length)
+        state.h.square().sum().backward()
+        assert x.grad is not None and bool((x.grad.abs().sum(-1) > 0).all())
+    cut = encoder(pad_edges=False, subsampling=subsampling)
+    x, n = features([39])
+    cut.embed(x.requires_grad_(), n).h.square().sum().backward()
+    assert x.grad is not None and bool((x.grad[:, -1] == 0).all()) == (
+        39 % subsampling != subsampling - 1
+    )
+
+
 def test_improved_changes_every_option_and_no_size() -> None:
     ours = improved(early_exit_baseline())
     assert (ours.d_model, ours.num_layers, ours.exits) == (256, 12, (2, 4, 6, 8, 10, 12))

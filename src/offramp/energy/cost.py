@@ -48,7 +48,7 @@ def encoder_mac_parts(config: EncoderConfig, num_frames: int, exit_layer: int) -
     if T == 0:
         raise InputError(
             f"{num_frames} feature frames are too few; the tower needs at least "
-            f"{2 * config.subsampling - 1}"
+            f"{config.least_frames}"
         )
     D, V = config.d_model, config.vocab_size
     branches = sum(layer <= exit_layer for layer in config.branches)
@@ -85,6 +85,7 @@ def mac_cost(config: EncoderConfig) -> Callable[[int, int, int], float]:
         num_frames = frames
         for _ in range(config.subsampling_layers):
             num_frames = 2 * num_frames + 2  # the most that give so many
+        num_frames -= 2 * config.edge_frames
         if start == 0:
             return trail_macs(config, num_frames, (stop,))
         whole = trail_macs(config, num_frames, (start, stop))
@@ -95,6 +96,7 @@ def mac_cost(config: EncoderConfig) -> Callable[[int, int, int], float]:
 
 def _subsampling(config: EncoderConfig, num_frames: int) -> int:
     total, channels = 0, config.num_mels
+    num_frames += 2 * config.edge_frames
     for _ in range(config.subsampling_layers):
         num_frames = (num_frames - 1) // 2
         total += num_frames * channels * config.d_model * 3

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.config import EncoderConfig
@@ -43,6 +44,7 @@ def improved(config: EncoderConfig) -> EncoderConfig:
     """`config` with all our improvements: the same trunk, Splitformer's branches, learned."""
     return replace(
         config,
+        pad_edges=True,
         subsampling_activation="silu",
         positions="rotary",
         conv_norm="layer",
@@ -176,6 +178,8 @@ class CTCEncoder(nn.Module):
         self._check_lengths(features, lengths)
         padding = torch.arange(features.shape[1], device=lengths.device) >= lengths[:, None]
         features = features.masked_fill(padding[:, :, None], 0.0).to(self.dtype)
+        edge = cfg.edge_frames
+        features, lengths = F.pad(features, (0, 0, edge, edge)), lengths + 2 * edge
         h = self.subsampling(features).to(self.dtype)
         for _ in range(cfg.subsampling_layers):
             lengths = torch.div(lengths - 1, 2, rounding_mode="floor")
@@ -265,7 +269,7 @@ class CTCEncoder(nn.Module):
                 f"features have shape {list(features.shape)}; they must be [batch, frames, "
                 f"{cfg.num_mels}], with one length per row"
             )
-        least = 2 * cfg.subsampling - 1
+        least = cfg.least_frames
         shortest, longest = (int(n) for n in lengths.aminmax())
         if shortest < least or longest > features.shape[1] or len(lengths) != len(features):
             raise InputError(
