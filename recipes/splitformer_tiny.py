@@ -21,9 +21,9 @@ recipe = SpeechRecipe(
         "vctk_p239",
         "common_voice_en_100",
     ),
-    digit_strings=200,
+    digit_strings=300,
     synthetic_sentences=1_000,
-    batch_seconds=160.0,
+    batch_seconds=120.0,
     training=CTCTraining(augment=SpecAugment(), distill=0.1, autocast="bf16"),
     dev_sets=(
         "kathleen_arctic",
@@ -33,12 +33,12 @@ recipe = SpeechRecipe(
         "common_voice_en_100",
     ),
     train=TrainConfig(
-        steps=8000,
-        lr=1e-3,
-        warmup_steps=300,
+        steps=5200,
+        lr=1.5e-3,
+        warmup_steps=200,
         optimizer="muon",
         weight_decay=0.05,
         checkpoint_every=100,
-        evaluate_every=500,
+        evaluate_every=400,
     ),
 )

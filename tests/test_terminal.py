@@ -71,11 +71,20 @@ def test_unwritable_places_are_refused(tmp_path):
     terminal.check_writable(tmp_path / "r.json")
 
 
-def test_training_shows_its_evaluations(monkeypatch):
-    shown = capture(monkeypatch, "err")
-    events = [StepDone(1, 2.5, 1.0, 1e-3, 100.0, 9.0), Evaluated(1, {"bpb@2": 1.25})]
-    terminal.train_progress("toy", 2, events)
-    assert "step 1: bpb@2 1.250" in shown.getvalue()
+@pytest.mark.parametrize(
+    ("exit_losses", "audio_s_per_s", "expected"),
+    [
+        ({}, None, "loss 2.500  1,200 tokens/s"),
+        ({2: 3.5, 4: 2.5}, 61.0, "3.50 2.50  61 s of audio"),
+    ],
+)
+def test_training_shows_loss_pace_and_evaluations(
+    monkeypatch, exit_losses, audio_s_per_s, expected
+):
+    shown = capture(monkeypatch, "err", colours=True)
+    done = StepDone(1, 2.5, exit_losses, 1.0, 1e-3, 1200.0, audio_s_per_s, 9.0)
+    terminal.train_progress("toy", 2, [done, Evaluated(1, {"bpb@2": 1.25})])
+    assert "step 1: bpb@2 1.250" in shown.getvalue() and expected in shown.getvalue()
 
 
 def test_the_demo_shows_both_ways_and_fails_if_they_differ(monkeypatch, checkpoint):

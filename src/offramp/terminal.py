@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from offramp.bench.splitformer import SplitformerReport
     from offramp.bench.tune import TuneReport
     from offramp.decoding.calibration import Calibration
-    from offramp.train.loop import TrainEvent
+    from offramp.train.loop import StepDone, TrainEvent
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -304,16 +304,28 @@ def train_progress(name: str, steps: int, events: Iterable[TrainEvent]) -> None:
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[pace]:,.0f} tokens/s"),
+        TextColumn("loss {task.fields[loss]}  {task.fields[pace]}"),
         TimeRemainingColumn(),
     )
     shown = None
     with Progress(*columns, console=err, disable=not is_first_process()) as bar:
         for event in events:
             if shown is None:  # nothing to show before the first step: loading may yet fail
-                shown = bar.add_task(name, total=steps, loss=float("nan"), pace=0.0)
+                shown = bar.add_task(name, total=steps, loss="", pace="")
             if isinstance(event, StepDone):
-                bar.update(shown, completed=event.step, loss=event.loss, pace=event.tokens_per_s)
+                loss, pace = _loss(event), _pace(event)
+                bar.update(shown, completed=event.step, loss=loss, pace=pace)
             elif isinstance(event, Evaluated):
                 figures = "  ".join(f"{k} {v:.3f}" for k, v in event.metrics.items())
                 err.print(f"step {event.step}: {figures}")
+
+
+def _loss(event: StepDone) -> str:
+    """At every exit where that is known, the last one's at the end."""
+    return " ".join(f"{loss:.2f}" for loss in event.exit_losses.values()) or f"{event.loss:.3f}"
+
+
+def _pace(event: StepDone) -> str:
+    if event.audio_s_per_s is None:
+        return f"{event.tokens_per_s:,.0f} tokens/s"
+    return f"{event.audio_s_per_s:,.0f} s of audio/s"

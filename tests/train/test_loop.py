@@ -147,6 +147,7 @@ def test_events_say_what_happened_and_when(whole: Any) -> None:
     assert [e.step for e in events if isinstance(e, Evaluated)] == [4, 8]
     done = [e for e in events if isinstance(e, StepDone)]
     assert all(e.tokens_per_s > 0 and e.grad_norm > 0 for e in done)
+    assert all(e.exit_losses == {} and e.audio_s_per_s is None for e in done), "told of neither"
     assert done[-1].eta_s == 0.0
     assert done[0].lr == pytest.approx(config.lr / 2)
     assert done[1].lr == pytest.approx(config.lr)

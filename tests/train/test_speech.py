@@ -193,6 +193,10 @@ def test_a_killed_run_resumes_to_the_same_weights(corpus: Path, tmp_path: Path) 
     events = list(toy_recipe().run(tmp_path / "whole"))
     losses = [e.loss for e in events if isinstance(e, StepDone)]
     assert len(losses) == 6
+    for event in events:
+        if isinstance(event, StepDone):
+            assert list(event.exit_losses) == [1, 2] and event.exit_losses[2] == event.loss
+            assert event.audio_s_per_s is not None and event.audio_s_per_s > 0
     assert {"loss_exit_1", "loss_exit_2"} < set(
         next(e.metrics for e in events if isinstance(e, Evaluated))
     )

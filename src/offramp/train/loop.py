@@ -80,7 +80,10 @@ class Task(Protocol):
     def model(self) -> nn.Module: ...
 
     def backward(self, step: int, shard: int, num_shards: int) -> Mapping[str, float]:
-        """Add one shard's share of the gradient; returns sums, "loss", "targets", "tokens" too."""
+        """Add one shard's share of the gradient; returns sums.
+
+        "loss", "targets" and "tokens", and, where the task has them, "loss_exit_K" and "audio_s".
+        """
         ...
 
     def evaluate(self) -> Mapping[str, float]:
@@ -90,13 +93,19 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepDone:
-    """After every step: the batch's mean loss, the gradient norm, the pace."""
+    """After every step: the batch's mean loss, the gradient norm, the pace.
+
+    exit_losses: exit layer -> its mean loss, of tasks that report `loss_exit_K`. audio_s_per_s:
+    seconds of audio per second, of tasks that hear any.
+    """
 
     step: int
     loss: float
+    exit_losses: Mapping[int, float]
     grad_norm: float
     lr: float
     tokens_per_s: float
+    audio_s_per_s: float | None
     eta_s: float
 
 
@@ -139,19 +148,22 @@ def train(
         kept = task.model if average is None else nn.ModuleList([task.model, average])
         state = out / STATE_FILE
         first = load_state(state, kept, optimizers, settings) if state.exists() else 0
-        began, tokens = time.monotonic(), 0.0
+        began, tokens, audio_s = time.monotonic(), 0.0, 0.0
         for step in range(first, config.steps):
             sums, norm = _step(task, config, optimizers, step, rank, world)
             if average is not None:
                 _update(average, task.model, config.average, step)
             tokens += sums["tokens"]
+            audio_s += sums.get("audio_s", 0.0)
             seconds = time.monotonic() - began
             yield StepDone(
                 step=step + 1,
                 loss=sums["loss"] / sums["targets"],
+                exit_losses=_exit_losses(sums),
                 grad_norm=norm,
                 lr=optimizers[0].param_groups[0]["lr"],
                 tokens_per_s=tokens / seconds,
+                audio_s_per_s=audio_s / seconds if audio_s else None,
                 eta_s=seconds / (step + 1 - first) * (config.steps - step - 1),
             )
             done = step + 1 == config.steps
@@ -162,6 +174,12 @@ def train(
                 yield Evaluated(step + 1, _evaluate(task, average))
         if average is not None:
             task.model.load_state_dict(average.state_dict())
+
+
+def _exit_losses(sums: Mapping[str, float]) -> dict[int, float]:
+    start = "loss_exit_"
+    found = {int(k.removeprefix(start)): v for k, v in sums.items() if k.startswith(start)}
+    return {layer: found[layer] / sums["targets"] for layer in sorted(found)}
 
 
 def _step(
