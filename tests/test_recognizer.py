@@ -113,6 +113,27 @@ def _times(segment: Any) -> list[float]:
     return [t for word in segment.words for t in (word.start_s, word.end_s)]
 
 
+@pytest.mark.parametrize("pad_edges", [False, True])
+def test_words_are_timed_where_the_frames_hear_them(pad_edges: bool) -> None:
+    """A frame hears, evenly before and after its centre, the feature frames that change what the
+    convolutions make of it; a word that it writes begins at that centre."""
+    model = encoder(**OURS | {"pad_edges": pad_edges})
+    one, at = Recognizer(model, [*PIECES, *"fghi"]), 5
+    features = torch.randn(1, 90, model.config.num_mels, requires_grad=True)
+    model.embed(features, torch.tensor([90])).h[0, at].square().sum().backward()
+    assert features.grad is not None
+    heard = features.grad[0].abs().sum(dim=1).nonzero()[:, 0]
+    centre = (int(heard[0]) + int(heard[-1])) / 2
+    assert one.first_frame_s + at * one.frame_s == pytest.approx(centre / 100)
+    samples = noise(1.5)
+    (segment,) = one.transcribe(wav(samples), replace(GREEDY, exit_layer=2)).segments
+    assert segment.words, "or nothing is shown"
+    first, last = segment.words[0].start_s, segment.words[-1].end_s
+    assert segment.start_s + one.first_frame_s <= first <= last <= segment.end_s
+    frames = (first - segment.start_s - one.first_frame_s) / one.frame_s
+    assert frames == pytest.approx(round(frames), abs=1e-6)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_batching_changes_nothing(random_one: Recognizer, batch_size: int) -> None:
     parts = [p for i in range(5) for p in (noise(0.4 + 0.7 * (i % 3), i), SILENCE)]
@@ -210,6 +231,14 @@ def test_bad_recordings_are_audio_errors(toy: Recognizer, tmp_path: Path) -> Non
             toy.transcribe(source, GREEDY)
     with pytest.raises(AudioError, match="NaN"):
         toy.transcribe(wav(torch.full((8_000,), torch.nan)), GREEDY)
+
+
+@pytest.mark.parametrize("source", [b"RIFF", 3, None])
+def test_what_is_no_recording_is_refused(toy: Recognizer, source: Any) -> None:
+    name = type(source).__name__
+    with pytest.raises(InputError, match=f"of type {name}; give a path") as caught:
+        offramp.transcribe(source, model=toy.folder)
+    assert "\n" not in str(caught.value)
 
 
 # -- exits, costs --------------------------------------------------------------------------------
@@ -332,6 +361,17 @@ def test_measured_costs_rise_with_depth_and_length(random_one: Recognizer) -> No
         ({"hotwords": ("x-ray",)}, "hotword 'x-ray' cannot be recognised"),
         ({"hotwords": ("42",)}, "hotword '42' cannot be recognised"),
         ({"hotwords": (" ",)}, "hotword ' ' cannot be recognised"),
+        ({"hotwords": "obeyed"}, "hotwords are 'obeyed'; give a tuple of phrases"),
+        ({"hotwords": (3,)}, r"hotwords are \(3,\); give a tuple of phrases"),
+        ({"exit_policy": object()}, "exit_policy is <object.*an ExitPolicy with tested and decide"),
+        ({"max_wer_increase": 1.0, "beam_size": 4}, "beam_size was given together with"),
+        ({"max_wer_increase": 1.0, "lm": Path("a.arpa")}, "lm was given together with"),
+        ({"max_wer_increase": 1.0, "hotwords": ("do",)}, "hotwords was given together with"),
+        ({"max_wer_increase": 1.0, "budget_ms": 5.0}, "budget_ms was given together with"),
+        (
+            {"exit_policy": "entropy", "calibration": Path("c.json"), "budget_macs": 1e9},
+            "budget_macs was given together with.* greedy decoding without a budget",
+        ),
     ],
 )
 def test_contradictions_are_refused(toy: Recognizer, options: dict[str, Any], message: str) -> None:
@@ -391,6 +431,18 @@ def test_thresholds_come_from_the_calibration(toy: Recognizer, tmp_path: Path) -
     certified(exits=(1, 3)).save(path)
     with pytest.raises(ConfigError, match="calibrate anew"):
         toy.plan(TranscribeOptions(calibration=path, max_wer_increase=1.5))
+
+
+def test_a_calibration_belongs_to_its_weights(toy: Recognizer, tmp_path: Path) -> None:
+    assert toy.folder is not None
+    own = toy.weights_sha256()
+    assert own == hub.weights_sha256(toy.folder)
+    options = TranscribeOptions(calibration=tmp_path / "c.json", max_wer_increase=1.0)
+    certified(weights=own).save(tmp_path / "c.json")
+    assert toy.plan(options).policy == Confidence(0.25)
+    certified(weights="0" * 64).save(tmp_path / "c.json")
+    with pytest.raises(ConfigError, match=r"calibrated for another checkpoint.*calibrate anew"):
+        Recognizer.load(toy.folder).plan(options)
 
 
 def test_without_a_calibration_a_rule_needs_a_threshold(

@@ -72,6 +72,30 @@ def test_budgets_and_policies_run(
     assert 0.0 < measured_cost(it.encoder)(0, 2, 20) < math.inf
 
 
+def test_an_exit_that_writes_blanks_alone_is_not_left_at(folder: Path, tmp_path: Path) -> None:
+    it = Recognizer.load(folder)
+    blank_id, log_probs = it.config.blank_id, it.encoder.log_probs
+
+    def lost_at_two(state: Any, exit_layer: int) -> Any:
+        found = log_probs(state, exit_layer)
+        if exit_layer == 2:
+            found[..., blank_id] += 50.0
+        return found.log_softmax(-1)
+
+    it.encoder.log_probs = lost_at_two
+    path = write(tmp_path / "a.wav", speak("do mi do"))
+    (segment,) = it.transcribe(path, energy(exit_policy="confidence", threshold=0.01)).segments
+    assert segment.exit_layer > 2 and segment.text
+
+
+def test_other_exit_heads_are_another_checkpoint(folder: Path, tmp_path: Path) -> None:
+    before = Recognizer.load(folder).weights_sha256()
+    made = PretrainedSpeech.load(folder)
+    randomize(made.encoder.heads, 2)
+    made.save(tmp_path / "m")
+    assert Recognizer.load(tmp_path / "m").weights_sha256() != before
+
+
 def test_it_is_evaluated_and_calibrated(folder: Path, tmp_path: Path) -> None:
     data = AsrData(write_corpus(tmp_path / "c", ["do", "mi do", "do mi", "mi", "do do"]))
     report = run(folder, data)

@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from rich.console import Console
 from offramp import demo, terminal
 from offramp.api import DraftOptions, load
 from offramp.audio.vad import VadOptions
+from offramp.bench.asr import AsrReport, PolicyResult, exit_candidates
 from offramp.decoding.calibration import Calibration
 from offramp.decoding.stopping import Stop
 from offramp.errors import CheckpointError, InputError, OfframpError
@@ -132,6 +135,50 @@ def test_the_demo_fails_where_the_recogniser_does_not_ship(monkeypatch, tmp_path
     monkeypatch.setitem(hub.SHIPPED, "asr-tiny", tmp_path / "none")
     with pytest.raises(CheckpointError, match="asr-tiny does not come with this version"):
         demo._speech()
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "shown"),
+    [
+        ("entropy", -0.125, "entropy 0.125 nats: saves"),
+        ("entropy", 0.5, "entropy never leaves early: saves"),
+        ("entropy", -sys.float_info.max, "entropy always leaves at the first exit: saves"),
+        ("confidence", 0.875, "confidence 0.875: saves"),
+        ("confidence", math.nextafter(1.0, 2.0), "confidence never leaves early: saves"),
+        ("agreement", -sys.float_info.max, "agreement always leaves at the first exit: saves"),
+    ],
+)
+def test_a_calibration_shows_what_threshold_takes(monkeypatch, rule, threshold, shown):
+    written = capture(monkeypatch)
+    found = Calibration(rule, (1, 2, 3), threshold, 0.1, 1.0, 50, 0.05, 0.0, 0.5, 1.0)
+    terminal.show_calibration(found)
+    assert f"\n{shown}" in written.getvalue()
+
+
+def test_an_evaluation_shows_what_threshold_takes(monkeypatch, tmp_path, recogniser_folder):
+    folder = shutil.copytree(recogniser_folder, tmp_path / "toy")
+    path, recognizer = folder / CALIBRATION, Recognizer.load(folder)
+    for threshold, bound, name in (
+        (-0.125, 0.05, "entropy 0.125 nats (calibrated)"),
+        (-sys.float_info.max, 0.05, "entropy always leaves at the first exit (calibrated)"),
+        (None, None, "entropy never leaves early (calibrated)"),
+    ):
+        Calibration("entropy", (1, 2, 3), threshold, 0.1, 1.0, 50, bound, 0.0, 0.5, 1.0).save(path)
+        found = exit_candidates(recognizer, {})["entropy"]
+        made = PolicyResult(
+            wer=0.0,
+            wer_ci95=None,
+            cer=0.0,
+            mean_exit_layer=1.0,
+            macs_per_audio_s=None,
+            rtf=None,
+            exit_histogram={},
+            threshold=found.threshold,
+            calibrated=found.calibrated,
+        )
+        written = capture(monkeypatch)
+        terminal.show_asr(AsrReport("m", "d", 1, 1, 0, {"entropy": made}))
+        assert name in written.getvalue()
 
 
 def test_word_errors_are_counted_by_word():

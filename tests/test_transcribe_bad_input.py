@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +155,25 @@ def test_failures_are_named_even_if_the_work_stops(capsys, tmp_path, recogniser_
         "1",
         "cannot",
     ]
+
+
+def test_names_that_standard_output_cannot_hold_are_escaped(
+    capsys, tmp_path, recogniser_folder, monkeypatch
+):
+    names = [tmp_path / os.fsdecode(b"caf\xe9.wav"), tmp_path / "b.wav"]
+    for name in names:
+        toy_speech.write(tmp_path / "b.wav", toy_speech.speak("mi"))
+        name.write_bytes((tmp_path / "b.wav").read_bytes())
+    strict = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", strict)
+    status, _, err = transcribe(capsys, recogniser_folder, *names)
+    assert (status, err) == (0, "")
+    strict.seek(0)
+    assert f"==> {tmp_path}/caf\\udce9.wav <==\n" in strict.read()
+
+
+def test_closed_standard_input_is_one_line(capsys, recogniser_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, out, err = transcribe(capsys, recogniser_folder, "-")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("offramp: standard input is closed")

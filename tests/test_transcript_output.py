@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 
 import pytest
 from rich.console import Console
@@ -33,3 +34,14 @@ def test_lengths_are_known_where_headers_say_them(tmp_path):
     path = toy_speech.write(tmp_path / "a.wav", toy_speech.speak("do"))
     assert known_seconds(str(path)) == pytest.approx(0.85)
     assert known_seconds("-") == known_seconds("none.wav") == math.inf
+
+
+def test_looking_at_a_pipe_takes_nothing_from_it():
+    reading, writing = os.pipe()  # what a shell makes of <(...)
+    os.write(writing, b"sound")
+    os.close(writing)
+    try:
+        assert known_seconds(f"/dev/fd/{reading}") == math.inf
+        assert os.read(reading, 9) == b"sound"
+    finally:
+        os.close(reading)

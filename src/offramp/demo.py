@@ -47,6 +47,7 @@ def run() -> None:
     for utterance in UTTERANCES:
         _show(parser, "parse-tiny", parse_prompt(utterance), 128)
     _show(load("lm-tiny"), "lm-tiny", BEGINNING, 60)
+    _speech()
 
 
 def _warm_up(model: Model) -> None:

@@ -7,6 +7,7 @@ segment knows what it cost. Where nobody speaks nothing is written.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,11 +41,11 @@ from offramp.decoding.exit_policies import (
 from offramp.decoding.lm import LanguageModel, WordScorer, WordScorerOptions, hotword_spelling
 from offramp.energy.cost import mac_cost, trail_macs
 from offramp.energy.hf_cost import shape_mac_cost, shape_trail_macs
-from offramp.errors import CheckpointError, InputError
+from offramp.errors import CheckpointError, ConfigError, InputError
 from offramp.models import hub
 from offramp.models.ctc import CTCEncoder
 from offramp.models.ctc_checkpoint import load_encoder
-from offramp.models.hf_checkpoint import PretrainedReader, PretrainedSpeech, is_pretrained
+from offramp.models.hf_checkpoint import EXITS, PretrainedReader, PretrainedSpeech, is_pretrained
 from offramp.models.hf_ctc import PretrainedConfig, PretrainedCTCEncoder
 from offramp.nn.device import choose_device
 from offramp.results import ExitText, Transcript, TranscriptSegment, Word
@@ -68,8 +69,9 @@ class TranscribeOptions:
 
     exit_policy: `entropy` (nats per frame, at most), `confidence` or `agreement` (at least), or
     an `ExitPolicy` of your own. threshold: the rule's; None: the calibrated one. max_wer_increase:
-    in percent, use thresholds certified for at most this; the rule, if not given, is the
-    calibrated one. calibration: where thresholds are; None: calibration.json in the checkpoint.
+    in percent, use thresholds certified for at most this (greedily, without a budget); the rule,
+    if not given, is the calibrated one. calibration: where thresholds are; None: calibration.json
+    in the checkpoint.
     exit_layer: always leave there. budget_ms, budget_macs: go deeper only while the next part fits
     what is left for this segment; the first exit is always reached. With budget_ms segments go
     one by one, timed from their features on to the exit.
@@ -103,12 +105,26 @@ class TranscribeOptions:
         for name in ("max_wer_increase", "budget_ms", "budget_macs"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
-        if isinstance(self.exit_policy, str) and self.exit_policy not in POLICIES:
-            raise InputError(
-                f"exit_policy is {self.exit_policy!r}; allowed: {', '.join(POLICIES)}, or give an "
-                "exit_layer"
-            )
+        self._check_types()
         self._refuse_contradictions()
+        self._refuse_what_was_not_certified()
+
+    def _check_types(self) -> None:
+        policy, hotwords = self.exit_policy, self.hotwords
+        if isinstance(policy, str):
+            known = policy in POLICIES
+        else:
+            methods = ("tested", "decide")
+            known = policy is None or all(callable(getattr(policy, m, None)) for m in methods)
+        if not known:
+            raise InputError(
+                f"exit_policy is {policy!r}; allowed: {', '.join(POLICIES)}, or an ExitPolicy with "
+                "tested and decide; to leave at one exit always, give an exit_layer"
+            )
+        if isinstance(hotwords, str) or not all(isinstance(phrase, str) for phrase in hotwords):
+            raise InputError(
+                f"hotwords are {hotwords!r}; give a tuple of phrases, such as ('obeyed',)"
+            )
 
     def _refuse_contradictions(self) -> None:
         deciding = ("exit_policy", "max_wer_increase", "budget_ms", "budget_macs")
@@ -139,6 +155,17 @@ class TranscribeOptions:
                 )
         if self.lm_weight is not None and self.lm is None:
             raise InputError("lm_weight needs the lm that it is for; give both or neither")
+
+    def _refuse_what_was_not_certified(self) -> None:
+        if self.max_wer_increase is None and self.calibration is None:
+            return
+        for name in ("beam_size", "lm", "hotwords", "budget_ms", "budget_macs"):
+            if getattr(self, name) not in (None, ()):
+                raise InputError(
+                    f"{name} was given together with a calibrated threshold (max_wer_increase, "
+                    "calibration), whose guarantee holds for greedy decoding without a budget; "
+                    "leave one out"
+                )
 
 
 class Recognizer:
@@ -199,8 +226,33 @@ class Recognizer:
         assert isinstance(self.config, EncoderConfig)
         return self.config.subsampling * self.features.hop / SAMPLE_RATE
 
+    @property
+    def first_frame_s(self) -> float:
+        """Seconds from the start of the samples to what the first frame of the tower hears.
+
+        Frame t is centred on feature frame subsampling * t where the edges are padded; where they
+        are not, the convolutions begin inside the features, and it is `subsampling` - 1 later.
+        """
+        if isinstance(self.features, PretrainedReader):
+            return 0.0
+        assert isinstance(self.config, EncoderConfig)
+        lost = self.config.subsampling - 1 - self.config.edge_frames
+        return lost * self.features.hop / SAMPLE_RATE
+
+    def weights_sha256(self) -> str | None:
+        """Tells whether the weights, exit heads included, are the same; None: no folder."""
+        if self.folder is None:
+            return None
+        model, heads = hub.weights_sha256(self.folder), self.folder / EXITS
+        if not heads.exists():
+            return model
+        return hashlib.sha256(model.encode() + heads.read_bytes()).hexdigest()
+
     def transcribe(self, source: Source, options: TranscribeOptions | None = None) -> Transcript:
-        """The whole recording: a path, "-" for standard input, or a binary file. AudioError."""
+        """The whole recording: a path, "-" for standard input, or a binary file.
+
+        Raises AudioError, or InputError where `source` is none of these.
+        """
         run = self.stream(source, options)
         for _ in run:
             pass
@@ -208,6 +260,11 @@ class Recognizer:
 
     def stream(self, source: Source, options: TranscribeOptions | None = None) -> Transcription:
         """The same as it comes: iterate for segments, in order; then it has `.transcript`."""
+        if not isinstance(source, str | Path) and not callable(getattr(source, "read", None)):
+            raise InputError(
+                f"the recording is a value of type {type(source).__name__}; give a path, "
+                '"-" for standard input, or a binary file'
+            )
         return Transcription(self, source, self.plan(options or TranscribeOptions()))
 
     def plan(self, options: TranscribeOptions) -> _Plan:
@@ -231,7 +288,8 @@ class Recognizer:
                     f"{path} is missing, so there is no threshold to use; run offramp calibrate, "
                     "or give a threshold"
                 )
-        found, wanted, limit = Calibration.load(path), options.exit_policy, options.max_wer_increase
+        found = self.load_calibration(path)
+        wanted, limit = options.exit_policy, options.max_wer_increase
         if wanted not in (None, found.rule):
             raise InputError(
                 f"{path} is for the rule {found.rule}, not {wanted}; choose that one, give a "
@@ -241,6 +299,15 @@ class Recognizer:
             raise InputError(
                 f"{path} certifies +{100 * found.max_wer_increase:.4g} % WER, which is more than "
                 f"{limit:.4g}; run offramp calibrate --max-wer-increase {limit:.4g}"
+            )
+        return found
+
+    def load_calibration(self, path: Path) -> Calibration:
+        """What is at `path`; ConfigError: it is malformed, or was made with other weights."""
+        found = Calibration.load(path)
+        if found.weights is not None and self.weights_sha256() not in (None, found.weights):
+            raise ConfigError(
+                f"{path} was calibrated for another checkpoint than {self.folder}; calibrate anew"
             )
         return found
 
@@ -334,14 +401,15 @@ class Transcription:
         recognizer, pieces = self._recognizer, self._recognizer.pieces
         length = num_inputs(recognizer.features, len(segment.samples))
         seconds = len(segment.samples) / SAMPLE_RATE
-        local = words(result.hypothesis, pieces, recognizer.frame_s, seconds)
+        lead_s = min(recognizer.first_frame_s, seconds)
+        local = words(result.hypothesis, pieces, recognizer.frame_s, seconds - lead_s)
         # Adding the start may round a time past the end.
-        end_s = segment.end_s
+        start_s, end_s = segment.start_s + lead_s, segment.end_s
         moved = tuple(
             Word(
                 word.text,
-                min(segment.start_s + word.start_s, end_s),
-                min(segment.start_s + word.end_s, end_s),
+                min(start_s + word.start_s, end_s),
+                min(start_s + word.end_s, end_s),
                 word.confidence,
             )
             for word in local

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -240,11 +241,12 @@ def show_splitformer(report: SplitformerReport) -> None:
 
 
 def show_asr(report: AsrReport) -> None:
-    """A row per exit and policy."""
-    rows = []
+    """A row per exit and policy, and below the thresholds of those that have one."""
+    rows, settings = [], []
     for name, made in report.policies.items():
-        if made.threshold is not None:
-            name += f" {made.threshold:.4g}" + (" (calibrated)" if made.calibrated else "")
+        if made.threshold is not None or made.calibrated:
+            shown = _setting(name, made.threshold, digits=4)
+            settings.append(f"{name} {shown}" + (" (calibrated)" if made.calibrated else ""))
         low, high = (None, None) if made.wer_ci95 is None else made.wer_ci95
         gmacs = None if made.macs_per_audio_s is None else made.macs_per_audio_s / 1e9
         rows.append(
@@ -261,6 +263,8 @@ def show_asr(report: AsrReport) -> None:
     columns = ("", "WER, %", "95 % interval", "CER, %", "exit layer", "GMAC per s", "RTF")
     size = f"{report.utterances:,} utterances, {report.words:,} words"
     table(f"{report.model} on {report.data}: {size}", columns, rows)
+    if settings:
+        out.print("; ".join(settings))
     if report.left_out:
         err.print(f"{report.left_out} utterances left out: their text has no single reading")
 
@@ -269,11 +273,25 @@ def show_calibration(found: Calibration) -> None:
     """The guarantee in words, and what it was like on the development set."""
     out.print(found.guarantee)
     if found.threshold is not None:
+        setting = _setting(found.rule, found.setting, digits=6)
         out.print(
-            f"{found.rule} {found.threshold:.6g}: saves {_percent(found.saving)} % of the MACs, "
+            f"{found.rule} {setting}: saves {_percent(found.saving)} % of the MACs, "
             f"mean exit layer {found.mean_exit_layer:.1f}, WER per utterance "
             f"{100 * found.mean_excess:+.2f} on this data"
         )
+
+
+def _setting(rule: str, threshold: float | None, digits: int) -> str:
+    """What `--threshold` takes, or what it means where no score is beyond it."""
+    if threshold is None:
+        return "never leaves early"
+    # Entropies lie from 0 on and leave below the threshold; other scores from 0 to 1, above it.
+    entropy = rule == "entropy"
+    if threshold < 0 if entropy else threshold > 1:
+        return "never leaves early"
+    if threshold >= sys.float_info.max if entropy else threshold <= 0:
+        return "always leaves at the first exit"
+    return f"{threshold:.{digits}g}" + (" nats" if entropy else "")
 
 
 def _spread(std: float | None) -> str:

@@ -80,7 +80,7 @@ class TranscriptOutput:
             tell(segment.end_s)
             if live and segment.text:
                 if several and not shown:
-                    print(f"==> {name} <==")
+                    print(f"==> {_printable(name)} <==")
                 print(segment.text, flush=True)
                 shown = True
         if live and shown:
@@ -92,7 +92,7 @@ class TranscriptOutput:
         elif several and self._format == "json":
             terminal.print_json({"file": name} | made.to_dict())
         else:
-            head = f"==> {name} <==\n" if several else ""
+            head = f"==> {_printable(name)} <==\n" if several else ""
             print(head + FORMATS[self._format](made), end="", flush=True)
 
     def _target(self, name: str) -> Path:
@@ -135,10 +135,18 @@ def files_progress(names: Sequence[str]) -> Iterator[Iterator[Callable[[float], 
 
 def known_seconds(name: str) -> float:
     """The length of the recording; infinite where it cannot be told beforehand."""
+    if name == "-" or not os.path.isfile(name):  # to look into a pipe is to take from it
+        return math.inf
     try:
-        return math.inf if name == "-" else duration_s(Path(name)) or math.inf
+        return duration_s(Path(name)) or math.inf
     except AudioError:
         return math.inf  # transcribing it will say why
+
+
+def _printable(name: str) -> str:
+    """The name with escapes for what standard output cannot hold, as bytes that are no UTF-8."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return name.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _check_folder(folder: Path) -> None:

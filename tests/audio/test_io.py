@@ -168,6 +168,89 @@ def test_what_is_not_a_whole_recording_is_refused_in_one_line_that_names_it(
     assert "\n" not in str(error.value)
 
 
+def mp3_bytes(seconds: float, rate: int, mode: str, declared: bool = True) -> bytes:
+    """Quiet, then loud, so that the bit rate varies. declared: with the frame of the length."""
+    sound = noise(seconds, rate)
+    sound[: len(sound) // 2] *= 1e-3
+    made = io.BytesIO()
+    how = {"format": "MP3", "subtype": "MPEG_LAYER_III"}
+    soundfile.write(made, sound, rate, **how, bitrate_mode=mode, compression_level=0.5)
+    data = made.getvalue()
+    second = data.index(data[:2], 4)
+    assert any(mark in data[:second] for mark in (b"Xing", b"Info"))
+    return data if declared else data[second:]
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_an_mp3_file_that_would_lose_its_end_is_refused(tmp_path: Path, rate: int) -> None:
+    """libsndfile believes the first of joined files, and guesses from the first frame's rate."""
+    whole = mp3_bytes(4, rate, "VARIABLE")
+    path = tmp_path / "a.mp3"
+    tag = b"ID3\3\0\0\0\0\2\0" + b"\xff\xfb\x90\x64" * 64
+    for data in (whole + whole, whole + tag + whole, mp3_bytes(4, rate, "VARIABLE", False)):
+        path.write_bytes(data)
+        for read in (read_audio, duration_s):
+            with pytest.raises(AudioError, match=r"a\.mp3 lasts \d\.\d\d s, but would"):
+                read(path)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100])
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_whole_mp3_file_is_read_with_tags_and_with_or_without_its_length(
+    tmp_path: Path, rate: int, declared: bool
+) -> None:
+    data = mp3_bytes(6, rate, "CONSTANT", declared)
+    path = tmp_path / "a.mp3"
+    path.write_bytes(b"ID3\3\0\0\0\0\2\0" + bytes(256) + data + b"TAG" + bytes(125))
+    padding = 0 if declared else 0.3
+    assert 6 <= duration_s(path) <= 6 + padding
+    assert len(read_audio(path, rate)) / rate == pytest.approx(duration_s(path), abs=0.1)
+
+
+def test_a_cut_mp3_file_has_no_length(tmp_path: Path) -> None:
+    (tmp_path / "a.mp3").write_bytes(mp3_bytes(4, 16_000, "VARIABLE")[:-4_000])
+    with pytest.raises(AudioError, match="truncated or damaged"):
+        duration_s(tmp_path / "a.mp3")
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(2_000_000_000, 1), (50, 1), (16_000, 300)])
+def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, rate: int, channels: int) -> None:
+    path = written(tmp_path / "a.wav", np.zeros((100, channels)), rate)
+    with pytest.raises(AudioError, match=rf"has {channels} channels at {rate} Hz"):
+        read_audio(path)
+
+
+def test_many_channels_do_not_make_a_block_larger(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.wav", np.zeros((70_000, 256), np.int16), 16_000)
+    assert [len(block) for block in stream_audio(path)] == [65_536, 70_000 - 65_536]
+
+
+@pytest.mark.parametrize(("format", "endian"), [("RF64", "FILE"), ("WAV", "BIG")])
+def test_other_kinds_of_wav_are_read_unless_cut(tmp_path: Path, format: str, endian: str) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, noise(1, 16_000), 16_000, format=format, endian=endian)
+    assert len(read_audio(path)) == 16_000
+    cut(path)
+    with pytest.raises(AudioError, match="truncated"):
+        read_audio(path)
+
+
+@pytest.mark.parametrize("format", ["AIFF", "W64", "AU"])
+def test_containers_that_do_not_tell_that_they_were_cut_are_refused(
+    tmp_path: Path, format: str
+) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, noise(1, 16_000), 16_000, format=format)
+    with pytest.raises(AudioError, match=f"is a recording in {format}; allowed are WAV, FLAC"):
+        read_audio(path)
+
+
+def test_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(AudioError, match="standard input is closed"):
+        read_audio("-")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("rate", [16_000, 48_000])
 def test_samples_that_are_not_finite_are_refused_with_their_time(

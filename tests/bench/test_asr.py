@@ -6,6 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ FIGURES = {
     "rtf",
     "exit_histogram",
 }
+OF_RULES = {"threshold", "calibrated"}
 SHAKE = 0.25  # towards random weights
 NAMES = ["exit_1", "exit_2", "exit_3", "confidence", "entropy", "agreement"]
 
@@ -100,11 +102,11 @@ def test_every_exit_is_what_single_utterances_give(folder: Path, manifest: Path)
 def test_json_has_the_keys_that_are_promised(recogniser_folder: Path, manifest: Path) -> None:
     report = run(recogniser_folder, AsrData(manifest))
     read = json.loads(json.dumps(report.to_dict()))
-    assert set(read) == {"model", "data", "words", "policies"}
+    assert set(read) == {"model", "data", "words", "left_out", "policies"}
     assert read["words"] == sum(len(u.text.split()) for u in read_manifest(manifest))
     assert list(read["policies"]) == NAMES
-    for figures in read["policies"].values():
-        assert set(figures) == FIGURES
+    for name, figures in read["policies"].items():
+        assert set(figures) == (FIGURES if name.startswith("exit_") else FIGURES | OF_RULES)
         assert figures["wer"] == 0.0, "it has learned the two words"
         assert set(figures["exit_histogram"]) == {"1", "2", "3"}
         assert sum(figures["exit_histogram"].values()) == 11
@@ -117,9 +119,13 @@ def test_thresholds_given_calibrated_or_common(folder: Path, manifest: Path) -> 
     Calibration("entropy", CONFIG.exits, -math.log(99.0), 0.1, 1.0, 50, 0.05, 0.0, 0.5, 1.0).save(
         folder / CALIBRATION
     )
-    made = run(folder, AsrData(manifest)).policies
+    report = run(folder, AsrData(manifest))
+    made, told = report.policies, report.to_dict()["policies"]
+    assert told["entropy"]["calibrated"]
+    assert told["entropy"]["threshold"] == made["entropy"].threshold
+    assert not told["confidence"]["calibrated"] and told["confidence"]["threshold"] == 0.95
     assert [made[rule].calibrated for rule in given] == [False, True, False]
-    assert [made[rule].threshold for rule in given] == [0.95, -math.log(99.0), 1.0]
+    assert [made[rule].threshold for rule in given] == [0.95, math.log(99.0), 1.0]
     assert made["entropy"].mean_exit_layer == 1
     again = run(folder, AsrData(manifest), AsrOptions({"entropy": -1.0})).policies["entropy"]
     assert (again.threshold, again.calibrated, again.mean_exit_layer) == (-1.0, False, 3)
@@ -147,7 +153,48 @@ def test_features_tower_and_search_count_in_every_rtf(
     audio_s = sum(u.seconds for u in read_manifest(manifest)[:4])
     for name, figures in made.items():
         assert figures.rtf * audio_s >= (0.6 if name == "beam" else 0.2)
-    assert len(searched) == 4
+    assert len(searched) == 3 * 4, "in three turns"
+
+
+def test_other_work_on_the_machine_hits_no_policy_alone(
+    monkeypatch: pytest.MonkeyPatch, recogniser_folder: Path, manifest: Path
+) -> None:
+    """On a clock of our own, an exit takes its number in seconds; the first one that runs in each
+    turn is held up."""
+    now, ran = [0.0], []
+
+    def slow(*given: Any) -> Any:
+        policy = given[4]
+        exit_layer = policy.exit_layer if isinstance(policy, FixedExit) else None
+        first_of_turn = len(ran) % len(NAMES) == 1  # after the first run, which does not count
+        ran.append(exit_layer)
+        now[0] += (exit_layer or 5) + 100.0 * first_of_turn
+        return early_exit(*given)
+
+    monkeypatch.setattr(module, "early_exit", slow)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    made = run(recogniser_folder, AsrData(manifest)).policies
+    audio_s = sum(u.seconds for u in read_manifest(manifest))
+    for exit_layer in CONFIG.exits:
+        spent = made[f"exit_{exit_layer}"].rtf * audio_s
+        assert spent == pytest.approx(exit_layer, rel=1e-3)
+    assert len(ran) == 1 + 3 * len(NAMES)
+
+
+def test_a_large_set_is_timed_by_a_sample(
+    monkeypatch: pytest.MonkeyPatch, recogniser_folder: Path, manifest: Path
+) -> None:
+    ran: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        ran.append(len(given[2]))
+        return early_exit(*given)
+
+    monkeypatch.setattr(module, "early_exit", counted)
+    monkeypatch.setattr(module, "_BATCH_FRAMES", 1)  # each utterance by itself
+    made = run(recogniser_folder, AsrData(manifest)).policies
+    assert ran == [1] * (1 + len(NAMES) * (4 * 3 + 7))
+    assert all(figures.rtf > 0 for figures in made.values())
 
 
 def test_progress_covers_every_utterance(recogniser_folder: Path, manifest: Path) -> None:
@@ -165,6 +212,7 @@ def test_references_are_normalised_and_what_has_no_reading_is_left_out(
     manifest.write_text(lines)
     report = run(recogniser_folder, AsrData(manifest))
     assert (report.words, report.utterances, report.left_out) == (4, 2, 1)
+    assert report.to_dict()["left_out"] == 1
     assert report.policies["exit_3"].wer == 0.0
     manifest.write_text(lines.replace("Do, MI!", "1").replace("mi mi", "2"))
     with pytest.raises(DataError, match="no text that can be normalised"):
@@ -248,6 +296,7 @@ def test_a_calibrated_policy_does_on_its_data_what_it_says(
 ) -> None:
     found = calibrate_model(folder, AsrData(manifest), CalibrateOptions(40.0, rule))
     assert found.threshold is not None and found.bound <= 0.4 and found.utterances == 11
+    assert found.weights == Recognizer.load(folder).weights_sha256()
     found.save(folder / CALIBRATION)
     made = run(folder, AsrData(manifest)).policies
     assert made[rule].calibrated

@@ -110,6 +110,13 @@ def test_all_problems_are_named_at_once_with_their_lines(tmp_path: Path) -> None
         read_manifest(path)
 
 
+@pytest.mark.parametrize("again", ["./audio/a.wav", "audio//a.wav", "audio/../audio/a.wav"])
+def test_a_recording_is_the_same_however_its_path_is_written(tmp_path: Path, again: str) -> None:
+    path = tsv(tmp_path, f"audio/a.wav\t0.5\t\t\ta\n{again}\t0.5\t\t\tb\n")
+    with pytest.raises(DataError, match=r"line 3: path .*a\.wav is already in line 2"):
+        read_manifest(path)
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "", "1,5"])
 def test_seconds_are_a_number_above_0(tmp_path: Path, seconds: str) -> None:
     with pytest.raises(DataError, match=r"1 problem: line 2: seconds is '.*'; it must be a num"):

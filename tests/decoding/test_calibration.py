@@ -21,7 +21,7 @@ from offramp.decoding.calibration import (
     least_utterances,
 )
 from offramp.decoding.early_exit_ctc import early_exit
-from offramp.decoding.exit_policies import edit_distance
+from offramp.decoding.exit_policies import Agreement, Confidence, FrameEntropy, edit_distance
 from offramp.errors import ConfigError, InputError
 from toy_ctc import ToyTower, batch
 
@@ -103,7 +103,7 @@ def test_where_the_risk_is_known_the_bound_is_as_tight_as_can_be(x: float, allow
         assert np.mean(plain) > x + 3 * error
 
 
-@pytest.mark.parametrize("x", [0.01, 0.05, 0.1, 0.3])
+@pytest.mark.parametrize("x", [0.01, 0.05, 0.1, 0.15])
 @pytest.mark.parametrize("cap", [0.2, 1.0])
 def test_too_few_utterances_are_never_certified(x: float, cap: float) -> None:
     least = least_utterances(x, cap)
@@ -228,15 +228,26 @@ def test_the_guarantee_says_what_it_is_and_is_not() -> None:
         "+5 % allowed",
         "counts up to 80 %",
         "speech like the 300 development utterances",
+        "each taken whole as the manifest cuts them",
         "not a bound for each utterance",
     ):
         assert part in found.guarantee
 
 
-@pytest.mark.parametrize("x", [0.001, 0.05, 1.0])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("x", [0.001, 0.05])
+def test_the_setting_is_what_the_rule_takes(rule: str, x: float) -> None:
+    found = calibrate(world(100, 0), rule, x)
+    assert (found.setting is None) == (found.threshold is None) == (x == 0.001)
+    if found.setting is not None:
+        by_hand = {"entropy": FrameEntropy, "confidence": Confidence, "agreement": Agreement}[rule]
+        assert found.policy(EXITS) == by_hand(found.setting)
+
+
+@pytest.mark.parametrize("x", [0.001, 0.05, 0.99])
 def test_a_calibration_survives_its_file(tmp_path: Path, x: float) -> None:
     """Also where nothing is certified, and where everything leaves at once."""
-    found = calibrate(world(100, 0), "entropy", x)
+    found = replace(calibrate(world(100, 0), "entropy", x), weights="ab12")
     found.save(tmp_path / "exits.json")
     assert Calibration.load(tmp_path / "exits.json") == found
     json.loads((tmp_path / "exits.json").read_text(), parse_constant=pytest.fail)
@@ -253,6 +264,8 @@ def test_a_calibration_survives_its_file(tmp_path: Path, x: float) -> None:
         ({"threshold": None}, "both be given, or both be null"),
         ({"bound": 0.5}, "must not exceed max_wer_increase"),
         ({"cap": -1.0}, "cap is -1.0"),
+        ({"cap": 0.05}, "cap is 5 % and max_wer_increase 5 %"),
+        ({"weights": 7}, "weights is 7"),
         ({"saving": math.nan}, "saving is nan"),
         ({"threshhold": 1.0}, "Calibration has no setting threshhold"),
     ],
@@ -288,6 +301,10 @@ def test_impossible_requests_are_refused() -> None:
     for x, cap in ((0.0, 1.0), (math.nan, 1.0), (0.1, 0.0), (0.1, math.inf)):
         with pytest.raises(InputError, match="it must be greater than 0 and finite"):
             calibrate(dev, "entropy", x, cap)
+    for x, cap in ((0.1, 0.1), (0.2, 0.1), (1.0, 1.0)):
+        with pytest.raises(InputError, match="would hold for any exits: choose a larger cap") as no:
+            calibrate(dev, "entropy", x, cap)
+        assert "\n" not in str(no.value)
     with pytest.raises(InputError, match="is empty"):
         DevRun(EXITS, [], [], [], [])
     with pytest.raises(InputError, match=r"errors has shape \(20, 3\); 20 utterances at 4 exits"):

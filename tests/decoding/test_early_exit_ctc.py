@@ -25,7 +25,7 @@ from offramp.decoding.exit_policies import (
     FixedExit,
     FrameEntropy,
 )
-from toy_ctc import ToyTower, batch
+from toy_ctc import ToyState, ToyTower, batch
 
 LENGTHS = [31, 8, 22, 40, 17, 3, 26, 35]
 
@@ -185,6 +185,20 @@ def test_without_a_measure_nothing_is_spent() -> None:
     tower = ToyTower()
     (result,) = early_exit(tower, tower.exits, *batch([9]), FixedExit())
     assert result.spent == 0.0
+
+
+@pytest.mark.parametrize("blank_id", [0, 5])
+def test_an_exit_that_is_all_blank_is_no_answer_whichever_id_that_is(blank_id: int) -> None:
+    class LostAtTwo(ToyTower):
+        def log_probs(self, state: ToyState, exit_layer: int) -> torch.Tensor:
+            found = super().log_probs(state, exit_layer)
+            blank = torch.arange(found.shape[-1]) == blank_id
+            return (found + 50.0 * blank).log_softmax(-1) if exit_layer == 2 else found
+
+    tower, options = LostAtTwo(), EarlyExitOptions(blank_id)
+    results = early_exit(tower, tower.exits, *batch(LENGTHS), Confidence(0.1), options)
+    assert all(r.trail[0].score == 0.0 and r.exit_layer > 2 for r in results)
+    assert any(r.hypothesis.tokens for r in results)
 
 
 def test_a_stopwatch_starts_at_zero_and_runs() -> None:

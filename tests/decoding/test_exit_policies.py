@@ -33,15 +33,19 @@ from toy_ctc import ToyTower, batch
 LENGTHS = [31, 8, 22, 40, 17, 3, 26, 35]
 
 
-def at_exit(log_probs: Tensor, lengths: list[int], *earlier: list[tuple[int, ...]]) -> ExitTest:
+def at_exit(
+    log_probs: Tensor, lengths: list[int], *earlier: list[tuple[int, ...]], blank_id: int = 0
+) -> ExitTest:
     """A test of exit 4 of 2, 4, 6; earlier: the tokens that each row wrote before."""
     rows = torch.tensor(lengths)
     before = [[Hypothesis(t, (), 0.0, ()) for t in trail] for trail in earlier]
     trails = [
         [*b, h]
-        for b, h in zip(before or [[] for _ in lengths], greedy(log_probs, rows), strict=True)
+        for b, h in zip(
+            before or [[] for _ in lengths], greedy(log_probs, rows, blank_id), strict=True
+        )
     ]
-    return ExitTest(4, 6, log_probs, rows, trails, [0.0] * len(lengths))
+    return ExitTest(4, 6, log_probs, rows, trails, [0.0] * len(lengths), blank_id)
 
 
 def scores(policy: ExitPolicy, test: ExitTest) -> list[float]:
@@ -74,8 +78,8 @@ def test_entropy_is_the_mean_over_frames() -> None:
 def test_confidence_leaves_blank_frames_out() -> None:
     grid = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]).log()[None]
     assert scores(Confidence(), at_exit(grid, [3])) == pytest.approx([math.sqrt(0.8 * 0.4)])
-    other = Confidence(blank_id=1)
-    assert scores(other, at_exit(grid, [3])) == pytest.approx([math.sqrt(0.5 * 0.4)])
+    other = at_exit(grid, [3], blank_id=1)
+    assert scores(Confidence(), other) == pytest.approx([math.sqrt(0.5 * 0.4)])
 
 
 def test_an_output_that_is_all_blank_is_not_confident() -> None:

@@ -1,6 +1,12 @@
 """Batches made ahead in another process are the batches, and its faults are ours to see."""
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +45,51 @@ def test_what_is_made_ahead_is_what_would_have_been_made():
         with pytest.raises(DataError, match="step 3 cannot be read"):
             ahead.batch(3, 1, 2)
     assert not multiprocessing.active_children()
+
+
+ALONE = """
+import time
+import torch
+from offramp.train.ctc import SpeechBatch
+from offramp.train.prefetch import prefetched
+
+class Made:
+    def batch(self, step, shard, num_shards):
+        return SpeechBatch(torch.zeros(1, 5, 3), torch.tensor([5]), [[1]], 1.0, 1)
+
+if __name__ == "__main__":
+    try:
+        with prefetched(Made(), total_steps=9) as ahead:
+            ahead.batch(0, 0, 1)
+            time.sleep(0.5)  # until the worker waits for more
+            print("ready", flush=True)
+            time.sleep(60)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGINT, "stopped\n"), (signal.SIGKILL, "")], ids=["int", "kill"]
+)
+def test_the_worker_ends_quietly_with_its_parent(
+    tmp_path: Path, number: signal.Signals, said: str
+) -> None:
+    """Ctrl-C goes to the whole process group, a kill to the parent alone."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "alone.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+        (os.killpg if number is signal.SIGINT else os.kill)(parent.pid, number)
+        # The worker holds the pipes too: they end when it has ended.
+        out, err = parent.communicate(timeout=20)
+        assert out == said and "Traceback" not in err
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch import Tensor
 
+from offramp.audio.features import FeatureConfig
+from offramp.audio.io import read_audio
 from offramp.config import EncoderConfig
 from offramp.data.augment_audio import AudioAugmentation
 from offramp.data.manifest import Utterance, write_manifest
@@ -57,7 +60,8 @@ def utterances(tmp_path: Path) -> list[Utterance]:
 def mixed(
     utterances: list[Utterance], seed: int = 0, augment: bool = True, num_shards: int = 1
 ) -> MixedSpeech:
-    augmentation, reader = AudioAugmentation() if augment else None, LogMelReader(TOKENIZER)
+    augmentation = AudioAugmentation() if augment else None
+    reader = LogMelReader(TOKENIZER, FeatureConfig())
     return MixedSpeech([Recordings(utterances)], reader, 6.0, seed, augmentation, num_shards)
 
 
@@ -77,6 +81,40 @@ def test_a_batch_is_a_function_of_seed_and_step(utterances: list[Utterance]) -> 
     for step in reversed(steps):
         assert same(mixed(utterances).batch(step, 0, 1), forwards[step])
     assert not same(mixed(utterances, seed=1).batch(0, 0, 1), forwards[0])
+
+
+def test_a_recording_is_augmented_anew_in_every_step(utterances: list[Utterance]) -> None:
+    one = mixed(utterances[:1])
+    heard = [one.batch(step, 0, 1).features for step in range(4)]
+    for a, b in itertools.combinations(heard, 2):
+        assert a.shape != b.shape or not torch.equal(a, b)
+
+
+def test_the_other_recordings_of_a_batch_are_its_babble(
+    utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def apply(self: object, samples: Tensor, seed: int, index: int, others: list[Tensor]) -> Tensor:
+        asked.append((samples, others))
+        return samples
+
+    monkeypatch.setattr(AudioAugmentation, "apply", apply)
+    made = mixed(utterances[:3])
+    made.batch(0, 0, 1)
+    first, second, third = (samples for samples, _ in asked)
+    expected = [[second, third], [third, first], [first, second]]
+    for (_, others), wanted in zip(asked, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(others, wanted, strict=True))
+
+
+def test_what_overshoots_when_resampled_is_clipped(tmp_path: Path) -> None:
+    square = np.sign(np.sin(2 * np.pi * 100 * np.arange(8000) / 8000 + 0.01))
+    soundfile.write(tmp_path / "square.wav", square, 8000)
+    wanted = read_audio(tmp_path / "square.wav")
+    assert wanted.abs().max() > 1.01, "it overshoots"
+    (item,) = Recordings([Utterance(tmp_path / "square.wav", 1.0, "s", "train", "go")]).epoch(0)
+    assert torch.allclose(item.samples(), wanted.clamp(-1, 1), atol=1e-4)
 
 
 def test_an_epoch_has_every_recording_once(utterances: list[Utterance]) -> None:
@@ -217,6 +255,16 @@ def test_a_run_can_start_from_a_checkpoint(corpus: Path, tmp_path: Path) -> None
     list(toy_recipe(2).run(tmp_path / "first"))
     again = replace(toy_recipe(2), encoder=str(tmp_path / "first" / "checkpoint"))
     assert [e.step for e in again.run(tmp_path / "second") if isinstance(e, StepDone)] == [1, 2]
+
+
+def test_an_encoder_reads_as_many_mels_as_it_asks_for(corpus: Path, tmp_path: Path) -> None:
+    recipe = toy_recipe(1)
+    assert isinstance(recipe.encoder, EncoderConfig)
+    narrow = replace(recipe.encoder, num_mels=40)
+    train = replace(recipe.train, evaluate_every=1)
+    events = list(replace(recipe, encoder=narrow, train=train).run(tmp_path / "run"))
+    assert any(isinstance(e, Evaluated) for e in events)
+    assert load_encoder(tmp_path / "run" / "checkpoint").config.num_mels == 40
 
 
 def test_a_recipe_needs_something_to_train_on() -> None:

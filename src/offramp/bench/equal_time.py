@@ -57,8 +57,8 @@ class Gap:
 
 @dataclass(frozen=True)
 class EqualTime:
-    """Ours beside a baseline's exit. our_exit: the deepest at no more than its time. gaps: by
-    test set."""
+    """Ours beside a baseline's exit. our_exit: the deepest at its time, up to TOLERANCE
+    more. gaps: by test set."""
 
     our_exit: int
     cpu_ratio: float
@@ -67,7 +67,8 @@ class EqualTime:
 
 @dataclass(frozen=True)
 class Best:
-    """The arm with the lowest WER among the deepest exits at no more than `cpu_s_per_audio_s`."""
+    """The arm with the lowest WER among the deepest exits at `cpu_s_per_audio_s`, up to TOLERANCE
+    more."""
 
     cpu_s_per_audio_s: float
     arm: str

@@ -55,11 +55,12 @@ def read_manifest(
     """
     problems: list[str] = []
     found, splits = [], set()
-    seen: dict[tuple[str, str], int] = {}  # (path or id, its value) -> line
+    seen: dict[tuple[str, str], int] = {}  # (path or id, its value; paths in one form) -> line
     for line, row in _rows(path, text_required):
         utterance, wrong = _utterance(row, path.parent, text_required)
         for name, value in _names(row):
-            first = seen.setdefault((name, value), line)
+            same = os.path.abspath(path.parent / value) if name == "path" else value
+            first = seen.setdefault((name, same), line)
             if first != line:
                 wrong.append(f"{name} {value} is already in line {first}")
         if utterance is not None:

@@ -63,11 +63,12 @@ class DevRun:
 class Calibration:
     """What a calibration found; JSON keeps it with a checkpoint.
 
-    rule: a key of `RULES`. threshold: of the rule's score; None: nothing could be certified, so
-    nothing leaves early. max_wer_increase and cap are shares, 0.005 for half a percent. bound:
-    what the expected excess error of one utterance is certified not to exceed; None: nothing.
-    mean_excess (unclipped, may be below 0), saving (share of the full tower's cost) and
-    mean_exit_layer: as seen on the `utterances` of the development set.
+    rule: a key of `RULES`. threshold: of the rule's score (see `setting`); None: nothing could be
+    certified, so nothing leaves early. max_wer_increase and cap are shares, 0.005 for half a
+    percent. bound: what the expected excess error of one utterance is certified not to exceed;
+    None: nothing. mean_excess (unclipped, may be below 0), saving (share of the full tower's cost)
+    and mean_exit_layer: as seen on the `utterances` of the development set. weights: SHA-256 of
+    those that it is for (see `Recognizer.weights_sha256`); None: not known.
     """
 
     rule: str
@@ -80,6 +81,7 @@ class Calibration:
     mean_excess: float
     saving: float
     mean_exit_layer: float
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -90,8 +92,12 @@ class Calibration:
             check_counts(1, exits=layer)
         check_counts(1, utterances=self.utterances)
         check_positive(max_wer_increase=self.max_wer_increase, cap=self.cap)
+        if empty := _says_nothing(self.max_wer_increase, self.cap):
+            raise ConfigError(empty)
         check_range(0, saving=self.saving, mean_exit_layer=self.mean_exit_layer)
         check_range(-math.inf, mean_excess=self.mean_excess)
+        if not isinstance(self.weights, str | None):
+            raise ConfigError(f"weights is {self.weights!r}; it must be a SHA-256, or null")
         if (self.threshold is None) != (self.bound is None):
             raise ConfigError("threshold and bound must both be given, or both be null")
         if self.threshold is not None and self.bound is not None:
@@ -113,9 +119,17 @@ class Calibration:
         return (
             f"expected excess error of an utterance at most {100 * self.bound:.4g} % of its words "
             f"(+{x:.4g} % allowed; one utterance counts up to {cap:.4g} %) over the last exit, for "
-            f"speech like the {self.utterances} development utterances; not a bound for each "
-            "utterance, for WER pooled over words, or for other speech"
+            f"speech like the {self.utterances} development utterances, each taken whole as the "
+            "manifest cuts them; not a bound for each utterance, for WER pooled over words, for "
+            "other speech or for other cuts"
         )
+
+    @property
+    def setting(self) -> float | None:
+        """The threshold as the rule itself takes it, so in nats for entropy."""
+        if self.threshold is None:
+            return None
+        return -self.threshold if self.rule == "entropy" else self.threshold
 
     def policy(self, exits: Sequence[int]) -> ExitPolicy:
         """The rule with its threshold, for a tower with the same exits; else ConfigError."""
@@ -159,14 +173,17 @@ def calibrate(dev: DevRun, rule: str, max_wer_increase: float, cap: float = 1.0)
     """The cheapest threshold of `rule` that keeps the expected excess error at most so high.
 
     max_wer_increase: a share, 0.005 for half a percent. cap: at most so much counts for one
-    utterance; a smaller cap certifies with fewer utterances, and says less. An utterance without
-    words counts as having one. InputError: unknown rule, numbers out of range.
+    utterance; a smaller cap certifies with fewer utterances, and says less. It must exceed
+    max_wer_increase. An utterance without words counts as having one. InputError: unknown rule,
+    numbers out of range.
     """
     if rule not in RULES:
         raise InputError(f"rule is {rule!r}; allowed: {', '.join(RULES)}")
     for name, value in (("max_wer_increase", max_wer_increase), ("cap", cap)):
         if not 0.0 < value < math.inf:
             raise InputError(f"{name} is {value}; it must be greater than 0 and finite")
+    if empty := _says_nothing(max_wer_increase, cap):
+        raise InputError(empty)
     n = len(dev.words)
     errors, words = np.array(dev.errors, float), np.maximum(dev.words, 1)[:, None]
     excess = (errors - errors[:, -1:]) / words
@@ -196,6 +213,16 @@ def calibrate(dev: DevRun, rule: str, max_wer_increase: float, cap: float = 1.0)
         mean_excess=float(excess[each, taken].mean()),
         saving=max(0.0, float(1.0 - costs[each, taken].sum() / costs[:, -1].sum())),
         mean_exit_layer=float(np.array(dev.exits)[taken].mean()),
+    )
+
+
+def _says_nothing(max_wer_increase: float, cap: float) -> str | None:
+    """Why the two certify nothing: no loss counts more than the cap, whatever the exits do."""
+    if cap > max_wer_increase:
+        return None
+    return (
+        f"cap is {100 * cap:.4g} % and max_wer_increase {100 * max_wer_increase:.4g} %; a loss "
+        "cut off at the cap never exceeds it, so that would hold for any exits: choose a larger cap"
     )
 
 

@@ -125,7 +125,7 @@ def early_exit(
         for row, more in zip(rows, _costs(options, start, exit_layer, frames), strict=True):
             spent[row] = more if options.stopwatch is not None else spent[row] + more
         now = ([trails[row] for row in rows], [spent[row] for row in rows])
-        test = ExitTest(exit_layer, next_exit, log_probs, state.lengths, *now)
+        test = ExitTest(exit_layer, next_exit, log_probs, state.lengths, *now, options.blank_id)
         stay = []
         for at, decision in enumerate(_decide(policy, test)):
             row = rows[at]

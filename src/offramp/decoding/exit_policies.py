@@ -34,7 +34,7 @@ class ExitTest:
 
     next_exit: the exit tested after this one, None at the last. log_probs: [B, T, V] of this
     exit. lengths: int64 [B], true frames. trails: per row what the exits tested so far wrote,
-    this one last. spent: per row, in the unit of the run.
+    this one last. spent: per row, in the unit of the run. blank_id: of the tower.
     """
 
     exit_layer: int
@@ -43,6 +43,7 @@ class ExitTest:
     lengths: Tensor
     trails: Sequence[Sequence[Hypothesis]]
     spent: Sequence[float]
+    blank_id: int
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,13 @@ class Confidence(_TestsAll):
     """
 
     threshold: float = 0.95
-    blank_id: int = 0
 
     def __post_init__(self) -> None:
         _check_number(threshold=self.threshold)
 
     def decide(self, test: ExitTest) -> list[Decision]:
         best, ids = test.log_probs.max(dim=-1)
-        speaks = _valid(test) & (ids != self.blank_id)
+        speaks = _valid(test) & (ids != test.blank_id)
         means, any_frame = _mean(best, speaks), speaks.any(dim=1).tolist()
         scores = [
             min(1.0, math.exp(mean)) if spoke else 0.0

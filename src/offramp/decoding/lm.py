@@ -94,8 +94,8 @@ class WordScorerOptions:
     """
 
     lm_weight: float = 0.5
-    word_score: float = 0.5
-    oov_score: float = -6.0
+    word_score: float = 2.0
+    oov_score: float = -8.0
     hotword_score: float = 6.0
 
     def __post_init__(self) -> None:

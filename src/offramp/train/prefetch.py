@@ -7,9 +7,12 @@ pure function of (step, shard), so who makes it, and when, changes nothing.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from threading import Thread
 
 import numpy as np
 import torch
@@ -65,8 +68,19 @@ def prefetched(batches: SpeechBatches, total_steps: int) -> Iterator[PrefetchedB
 
 def _start(batches: SpeechBatches) -> None:
     global _worker
+    # Ctrl-C reaches the whole process group; the parent ends this process, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # beside the training, a second thread would only fight with it
     _worker = batches
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed ends no process of its pool: this one would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in the worker"
+    parent.join()
+    os._exit(1)
 
 
 def _make(step: int, shard: int, num_shards: int) -> _Packed:

@@ -92,7 +92,8 @@ class Recordings:
     def _read(self, path: Path) -> Tensor:
         if path not in self._loaded:
             # 16 bits are what the files hold; an hour of floats would take 230 MB.
-            self._loaded[path] = (read_audio(path) * 32767).round().to(torch.int16).numpy()
+            heard = read_audio(path).clamp(-1.0, 1.0)  # resampled, it may overshoot
+            self._loaded[path] = (heard * 32767).round().to(torch.int16).numpy()
         return torch.from_numpy(self._loaded[path].astype(np.float32) / 32767)
 
 
@@ -159,16 +160,17 @@ class MixedSpeech:
         assert num_shards <= len(items), "planned for fewer shards"
         # In order of length, so every num_shards-th of them is a fair share.
         mine = range(shard, len(items), num_shards)
-        samples = [self._heard(items[row], step, row) for row in mine]
+        clean = [items[row].samples() for row in mine]
+        samples = [self._heard(clean, i, step * 10_000 + row) for i, row in enumerate(mine)]
         texts = self._reader.encode_batch([item.text for item in items])
         targets = [texts[row] for row in mine]
         return speech_batch(self._reader, samples, targets, sum(map(len, texts)))
 
-    def _heard(self, item: SpeechItem, step: int, row: int) -> Tensor:
-        samples = item.samples()
+    def _heard(self, clean: Sequence[Tensor], i: int, index: int) -> Tensor:
         if self._augmentation is None:
-            return samples
-        return self._augmentation.apply(samples, self._seed, step * 10_000 + row)
+            return clean[i]
+        babble = [*clean[i + 1 :], *clean[:i]]
+        return self._augmentation.apply(clean[i], self._seed, index, babble)
 
     def _items(self, step: int) -> list[SpeechItem]:
         while not self._ends or self._ends[-1] <= step:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offramp.audio.features import encoder_input
+from offramp.audio.features import FeatureConfig, encoder_input
 from offramp.models.ctc import CTCEncoder
 from offramp.models.ctc_checkpoint import load_encoder, save_encoder
 from offramp.models.hf_checkpoint import PretrainedSpeech
@@ -40,9 +40,10 @@ class LogMelReader:
     """Our encoders': normalised log-mel, and the pieces of a tokenizer."""
 
     tokenizer: TextTokenizer
+    features: FeatureConfig
 
     def inputs(self, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return encoder_input(samples)
+        return encoder_input(samples, self.features)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.encode_batch(texts)
@@ -85,7 +86,8 @@ def ours(encoder: CTCEncoder, tokenizer: TextTokenizer, weights: str | None = No
     files = {"tokenizer.json": text}
     save = partial(save_encoder, encoder, dtype=torch.float16, files=files)
     encoder.requires_grad_(True).train()
-    return Trainee(encoder, LogMelReader(tokenizer), weights, text, save)
+    reader = LogMelReader(tokenizer, FeatureConfig(num_mels=encoder.config.num_mels))
+    return Trainee(encoder, reader, weights, text, save)
 
 
 def ours_from(folder: Path, device: torch.device) -> Trainee:
