@@ -224,6 +224,7 @@ def options(data: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> Splitfor
     return SplitformerOptions(runs, tuple(TOY_ARMS), strings=17, held_out_strings=3, rounds=2)
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_single_strings(options: SplitformerOptions) -> None:
     seen: list[tuple[int, int]] = []
     report = splitformer.run(options, lambda *at: seen.append(at))

@@ -69,6 +69,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "said"), [(signal.SIGINT, "stopped\n"), (signal.SIGKILL, "")], ids=["int", "kill"]
 )
