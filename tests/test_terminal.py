@@ -15,6 +15,7 @@ from offramp.api import DraftOptions, load
 from offramp.audio.vad import VadOptions
 from offramp.bench.asr import AsrReport, PolicyResult, exit_candidates
 from offramp.decoding.calibration import Calibration
+from offramp.decoding.exit_policies import edit_distance
 from offramp.decoding.stopping import Stop
 from offramp.errors import CheckpointError, InputError, OfframpError
 from offramp.models import hub
@@ -182,5 +183,5 @@ def test_an_evaluation_shows_what_threshold_takes(monkeypatch, tmp_path, recogni
 
 
 def test_word_errors_are_counted_by_word():
-    assert demo._word_errors(["they", "obeyed", "him"], ["they", "obey", "him", "so"]) == 2
-    assert demo._word_errors(["a"], []) == 1 and demo._word_errors([], []) == 0
+    assert edit_distance(["they", "obeyed", "him"], ["they", "obey", "him", "so"]) == 2
+    assert edit_distance(["a"], []) == 1 and edit_distance([], []) == 0

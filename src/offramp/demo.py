@@ -112,7 +112,7 @@ def _show_costs(made: dict[str, Transcript], words: list[str]) -> None:
     rows = [
         [
             name,
-            str(_word_errors(words, transcript.text.split())),
+            str(edit_distance(words, transcript.text.split())),
             terminal.number(transcript.mean_exit_layer, 0),
             terminal.number(transcript.macs / 1e6, 0),
             f"{100 * (1 - transcript.macs / most):.0f} %",
@@ -133,8 +133,3 @@ def _transcripts(
         for name, options in ways.items():
             runs[name].append(recognizer.transcribe(RECORDING, options))
     return {name: sorted(r[1:], key=lambda t: t.seconds)[rounds // 2] for name, r in runs.items()}
-
-
-def _word_errors(reference: list[str], written: list[str]) -> int:
-    number = {word: i for i, word in enumerate({*reference, *written})}
-    return edit_distance([number[w] for w in reference], [number[w] for w in written])

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 
 from offramp.errors import DataError
 from offramp.train.ctc import SpeechBatch
-from offramp.train.prefetch import prefetched
+from offramp.train.prefetch import PrefetchedBatches
 
 
 class Made:
@@ -39,7 +39,7 @@ def equal(a: SpeechBatch, b: SpeechBatch) -> bool:
 
 def test_what_is_made_ahead_is_what_would_have_been_made():
     """From any step on, in any order: a resumed run starts in the middle."""
-    with prefetched(Made(), total_steps=9) as ahead:
+    with closing(PrefetchedBatches(Made(), total_steps=9)) as ahead:
         for step, shard in [(4, 0), (4, 1), (5, 0), (5, 1), (8, 0), (0, 1), (1, 1), (2, 1)]:
             assert equal(ahead.batch(step, shard, 2), Made().batch(step, shard, 2)), step
         with pytest.raises(DataError, match="step 3 cannot be read"):
@@ -49,9 +49,10 @@ def test_what_is_made_ahead_is_what_would_have_been_made():
 
 ALONE = """
 import time
+from contextlib import closing
 import torch
 from offramp.train.ctc import SpeechBatch
-from offramp.train.prefetch import prefetched
+from offramp.train.prefetch import PrefetchedBatches
 
 class Made:
     def batch(self, step, shard, num_shards):
@@ -59,7 +60,7 @@ class Made:
 
 if __name__ == "__main__":
     try:
-        with prefetched(Made(), total_steps=9) as ahead:
+        with closing(PrefetchedBatches(Made(), total_steps=9)) as ahead:
             ahead.batch(0, 0, 1)
             time.sleep(0.5)  # until the worker waits for more
             print("ready", flush=True)

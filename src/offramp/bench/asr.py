@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offramp.audio.io import SAMPLE_RATE, read_audio
 from offramp.bench.arms import Progress
-from offramp.bench.wer import character_edits, error_rate, word_edits
+from offramp.bench.wer import character_edits, error_rate, need_jiwer, word_edits
 from offramp.config import check_counts, check_positive
 from offramp.data.manifest import Utterance, read_manifest
 from offramp.data.speech import normalize_text, normalized
@@ -215,7 +215,7 @@ def run(
         name: Candidate(FixedExit(), decode=_decoder(recognizer, search))
         for name, search in options.searches().items()
     }
-    _need_jiwer()
+    need_jiwer()
     utterances, left_out = data.utterances()
     tallies = {name: _Tally() for name in candidates}
     audio_s = timed_s = 0.0
@@ -251,7 +251,7 @@ def calibrate_model(
     Every exit is decoded once, greedily.
     """
     recognizer = Recognizer.load(model, device=device)
-    _need_jiwer()
+    need_jiwer()
     utterances, _ = data.utterances()
     config, never = recognizer.config, RULES[options.rule](math.inf)
     exits = config.exits
@@ -339,11 +339,6 @@ def _run_all(
     if batch.timed:
         for name in names:
             tallies[name].seconds += batch.seconds + least[name]
-
-
-def _need_jiwer() -> None:
-    """InputError before the work, not after it, where error rates cannot be had."""
-    word_edits(["a"], ["a"])
 
 
 def _decoder(recognizer: Recognizer, search: TranscribeOptions) -> Decode | None:

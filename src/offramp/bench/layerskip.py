@@ -29,13 +29,14 @@ from offramp.bench.arms import (
     interleave,
     plain,
 )
-from offramp.bench.peers import Transformers, quiet
+from offramp.bench.peers import Transformers
 from offramp.bench.prompts import Prompt
 from offramp.config import DecoderConfig
 from offramp.data import corpora
 from offramp.decoding.drafts import EarlyExitDraft, NoDraft
 from offramp.errors import InputError
 from offramp.models import hub
+from offramp.models.hf_checkpoint import quiet
 from offramp.nn.cache import KVCache
 from offramp.nn.tower import Tower
 from offramp.results import ratio

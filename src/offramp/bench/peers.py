@@ -6,8 +6,6 @@ model's generation_config alone; as arguments of generate() they are ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from offramp.bench.prompts import Prompt
 from offramp.decoding.drafts import EarlyExitDraft
 from offramp.decoding.stopping import Stop
 from offramp.errors import InputError
+from offramp.models.hf_checkpoint import quiet
 
 
 class Transformers:
@@ -70,20 +69,3 @@ class Transformers:
             return Decoded(tuple(written[0, len(prompt) :].tolist()))
 
         return decode
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no remarks of transformers on standard error."""
-    from transformers import utils
-
-    logging: Any = utils.logging  # not typed
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

@@ -39,7 +39,7 @@ from offramp.bench.equal_time import (
     pooled,
 )
 from offramp.bench.splitformer_arms import ARMS
-from offramp.bench.wer import Edits, word_edits
+from offramp.bench.wer import Edits, need_jiwer, word_edits
 from offramp.config import check_counts
 from offramp.data.augment_audio import AudioAugmentation
 from offramp.data.speech import DigitString, connected_digits
@@ -132,7 +132,7 @@ def run(
 ) -> SplitformerReport:
     """Decode all strings with all runs, then time one run of each arm."""
     folders = find_runs(options.runs, options.arms)
-    word_edits(["a"], ["a"])  # where jiwer is missing it says so now, not after minutes
+    need_jiwer()
     unseen = connected_digits("dev", options.strings, _SEED)
     sets = {
         MAIN: _TestSet(unseen),

@@ -87,6 +87,14 @@ def character_edits(references: Sequence[str], hypotheses: Sequence[str]) -> lis
     return _edits("process_characters", references, hypotheses)
 
 
+def need_jiwer() -> Any:
+    """The package; InputError where it is missing, best raised before the work, not after it."""
+    try:
+        return importlib.import_module("jiwer")
+    except ImportError as error:
+        raise InputError("error rates need jiwer: pip install offramp[wer]") from error
+
+
 def _edits(process: str, references: Sequence[str], hypotheses: Sequence[str]) -> list[Edits]:
     if len(references) != len(hypotheses):
         raise InputError(
@@ -95,10 +103,7 @@ def _edits(process: str, references: Sequence[str], hypotheses: Sequence[str]) -
         )
     if not references:
         return []
-    try:
-        jiwer = importlib.import_module("jiwer")
-    except ImportError as error:
-        raise InputError("error rates need jiwer: pip install offramp[wer]") from error
+    jiwer = need_jiwer()
     texts = [[" ".join(t.split()) for t in side] for side in (references, hypotheses)]
     found = getattr(jiwer, process)(*texts)
     pairs = zip(found.references, found.alignments, strict=True)

@@ -221,7 +221,7 @@ def likeness(a: Sequence[int], b: Sequence[int]) -> float:
     return 1.0 - edit_distance(a, b) / longer if longer else 0.0
 
 
-def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
+def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
     """Fewest insertions, deletions and substitutions that turn `a` into `b`."""
     if a == b:
         return 0

@@ -9,9 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from threading import Thread
 
 import numpy as np
@@ -26,7 +24,10 @@ _worker: SpeechBatches  # in the worker process: what makes the batches there
 
 
 class PrefetchedBatches:
-    """Implements `train.ctc.SpeechBatches`: what `batches` gives, made ahead in one process."""
+    """Implements `train.ctc.SpeechBatches`: what `batches` gives, made ahead in one process.
+
+    The process ends with `close`.
+    """
 
     def __init__(self, batches: SpeechBatches, total_steps: int) -> None:
         """batches: must pickle. No batch is made ahead of `total_steps`."""
@@ -54,16 +55,6 @@ class PrefetchedBatches:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def prefetched(batches: SpeechBatches, total_steps: int) -> Iterator[PrefetchedBatches]:
-    """`PrefetchedBatches` whose process ends with the block."""
-    made = PrefetchedBatches(batches, total_steps)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def _start(batches: SpeechBatches) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -48,7 +48,7 @@ from offramp.train.loop import (
     process_device,
     train,
 )
-from offramp.train.prefetch import prefetched
+from offramp.train.prefetch import PrefetchedBatches
 from offramp.train.trainee import Pretrained, Reader, Trainee, attached, ours, ours_from
 
 _SYNTHETIC_CHARS_PER_S = 14.0  # how fast the voices speak on average, to sort before speaking
@@ -312,7 +312,9 @@ class SpeechRecipe:
         settings = asdict(self) | trainee.fingerprint()
         del settings["prefetch"]  # changes nothing but the pace
         settings["training data"] = [source.fingerprint() for source in sources]
-        ahead = prefetched(batches, steps) if self.prefetch else nullcontext(batches)
+        ahead = (
+            closing(PrefetchedBatches(batches, steps)) if self.prefetch else nullcontext(batches)
+        )
         with ahead as made:
             task = CTCTask(trainee.encoder, made, self.training, steps, seed, dev)
             yield from train(task, self.train, out, settings)
