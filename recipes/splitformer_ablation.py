@@ -4,7 +4,7 @@ All of them, on one thread each (in POSIX shell; a run that was stopped goes on)
 
 for seed in 0 1 2; do
   for arm in single_2 single_4 single_6 early_exit splitformer full_rate widened \
-      ours ours_25hz early_exit_12hz; do
+      ours improved early_exit_12hz; do
     offramp train recipes/splitformer_ablation.py --threads 1 --set arm=$arm --set seed=$seed \
       --out runs/splitformer-ablation/$arm-$seed
   done
@@ -20,11 +20,11 @@ recipe = ArmRecipe(
     digit_strings=1_000,
     batch_seconds=24.0,
     train=TrainConfig(
-        steps=1500,
+        steps=900,
         lr=3e-3,
         warmup_steps=100,
         optimizer="muon",
         weight_decay=0.05,
-        evaluate_every=500,
+        evaluate_every=450,
     ),
 )

@@ -56,6 +56,7 @@ def test_generate_json_has_events_and_stats(capsys, checkpoint):
     assert done["stats"]["generated_tokens"] == len(done["tokens"])
 
 
+@pytest.mark.slow
 def test_the_prompt_may_come_from_standard_input(checkpoint):
     words = [sys.executable, "-m", "offramp", "generate", "--model", str(checkpoint)]
     made = subprocess.run(

@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from offramp.errors import InputError
-from offramp.files import replacing
+from offramp.files import check_writable_folder, replacing
 
 
 def names(folder: Path) -> list[str]:
@@ -143,3 +143,22 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -
             temporary.write_text("x")
         assert "\n" not in str(error.value)
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "new", tmp_path / "new" / "er"):
+        check_writable_folder(folder)
+    for folder in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        with pytest.raises(InputError, match=f"cannot write to {folder}: .*; choose a") as error:
+            check_writable_folder(folder)
+        assert "\n" not in str(error.value)
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir(mode=0o500)
+    for folder in (tmp_path / "theirs", tmp_path / "theirs" / "new"):
+        with pytest.raises(InputError, match="no folder you may write to"):
+            check_writable_folder(folder)

@@ -64,8 +64,10 @@ def test_an_hour_in_bounded_memory_with_right_times(
         assert segment["text"] == SAID
         assert times(segment) == pytest.approx([t + n * PERIOD_S for t in times(first)], abs=1e-6)
     starts = [word["start_s"] for word in first["words"]]
-    tones = [toy_speech.EDGE_S + i * (toy_speech.TONE_S + toy_speech.PAUSE_S) for i in range(3)]
-    assert starts == pytest.approx(tones, abs=0.1)
+    for i, start in enumerate(starts):
+        word = toy_speech.EDGE_S + i * (toy_speech.TONE_S + toy_speech.PAUSE_S)
+        assert word <= start <= word + toy_speech.TONE_S
+    assert len(starts) == 3
 
 
 def times(segment: dict) -> list[float]:

@@ -24,6 +24,7 @@ from offramp.audio.vad import VadOptions
 from offramp.decoding.beam import BeamOptions, beam_search
 from offramp.decoding.calibration import Calibration
 from offramp.decoding.ctc import text
+from offramp.decoding.encoder_cost import measured_cost
 from offramp.decoding.exit_policies import Confidence
 from offramp.decoding.lm import WordScorer
 from offramp.energy.cost import encoder_mac_parts, encoder_macs
@@ -67,8 +68,10 @@ def wav(samples: Tensor) -> io.BytesIO:
 
 
 def noise(seconds: float, seed: int = 0) -> Tensor:
+    """In four puffs a second: steady noise would be no speech."""
     generator = torch.Generator().manual_seed(seed)
-    return 0.1 * torch.randn(round(seconds * SAMPLE_RATE), generator=generator)
+    puffs = (torch.arange(round(seconds * SAMPLE_RATE)) * (4 * torch.pi / SAMPLE_RATE)).sin() ** 2
+    return 0.1 * puffs * torch.randn(len(puffs), generator=generator)
 
 
 def talk(texts: list[str]) -> tuple[Tensor, list[float]]:
@@ -124,13 +127,14 @@ def test_words_are_timed_where_the_frames_hear_them(pad_edges: bool) -> None:
     assert features.grad is not None
     heard = features.grad[0].abs().sum(dim=1).nonzero()[:, 0]
     centre = (int(heard[0]) + int(heard[-1])) / 2
-    assert one.first_frame_s + at * one.frame_s == pytest.approx(centre / 100)
+    reader = one.reader
+    assert reader.first_frame_s + at * reader.frame_s == pytest.approx(centre / 100)
     samples = noise(1.5)
     (segment,) = one.transcribe(wav(samples), replace(GREEDY, exit_layer=2)).segments
     assert segment.words, "or nothing is shown"
     first, last = segment.words[0].start_s, segment.words[-1].end_s
-    assert segment.start_s + one.first_frame_s <= first <= last <= segment.end_s
-    frames = (first - segment.start_s - one.first_frame_s) / one.frame_s
+    assert segment.start_s + reader.first_frame_s <= first <= last <= segment.end_s
+    frames = (first - segment.start_s - reader.first_frame_s) / reader.frame_s
     assert frames == pytest.approx(round(frames), abs=1e-6)
 
 
@@ -175,7 +179,7 @@ def test_what_is_too_short_for_the_encoder_has_no_text(random_one: Recognizer) -
     tight = VadOptions(detector="energy", min_speech_s=0.0, padding_s=0.0)
     options = TranscribeOptions(vad=tight)
     # Whole windows of the detector: 64 ms are 4 feature frames, and the encoder needs 7.
-    short, long, quiet = noise(1024 / SAMPLE_RATE), noise(0.4), torch.zeros(40 * 512)
+    short, long, quiet = noise(0.4)[1536:2560], noise(0.4), torch.zeros(40 * 512)
     assert random_one.transcribe(wav(short), options).segments == ()
     samples = torch.cat([quiet, short, quiet, long, quiet, short])
     made = random_one.transcribe(wav(samples), options)
@@ -216,10 +220,7 @@ def test_time_of_the_consumer_is_not_ours(toy: Recognizer) -> None:
 
 
 def test_any_rate_and_channel_count_will_do(toy: Recognizer, tmp_path: Path) -> None:
-    times = torch.arange(round(0.25 * 44_100)) / 44_100
-    tone = 0.4 * torch.sin(2 * torch.pi * 1500 * times)
-    quiet = torch.zeros(13_230)
-    stereo = torch.cat([quiet, tone, quiet])[:, None].repeat(1, 2)
+    stereo = speak("mi", rate=44_100)[:, None].repeat(1, 2)
     path = write(tmp_path / "a.flac", stereo, 44_100)
     assert offramp.transcribe(path, model=toy.folder, options=GREEDY).text == "mi"
 
@@ -245,7 +246,7 @@ def test_what_is_no_recording_is_refused(toy: Recognizer, source: Any) -> None:
 
 
 def frames_of(samples: Tensor, recognizer: Recognizer) -> int:
-    return recognizer.features.num_frames(len(samples))
+    return recognizer.reader.num_inputs(len(samples))
 
 
 def test_the_trail_is_what_every_exit_writes(random_one: Recognizer) -> None:
@@ -331,7 +332,7 @@ def test_a_budget_of_time_reaches_the_first_exit_and_no_further_than_it_allows(
 
 
 def test_measured_costs_rise_with_depth_and_length(random_one: Recognizer) -> None:
-    cost = module.measured_cost(random_one.encoder)
+    cost = measured_cost(random_one.encoder)
     assert 0 < cost(0, 2, 50) < cost(0, 5, 50) <= cost(0, 5, 500)
     assert cost(0, 2, 50) + cost(2, 3, 50) + cost(3, 5, 50) == pytest.approx(cost(0, 5, 50))
 

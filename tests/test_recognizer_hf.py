@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from offramp import recognizer
 from offramp.audio.io import read_audio
 from offramp.audio.vad import VadOptions
 from offramp.bench.asr import AsrData, CalibrateOptions, calibrate_model, run
+from offramp.decoding import encoder_cost
 from offramp.decoding.ctc import greedy, text
+from offramp.decoding.encoder_cost import measured_cost
 from offramp.energy.hf_cost import shape_trail_macs
 from offramp.models.hf_checkpoint import PretrainedSpeech
-from offramp.recognizer import Recognizer, TranscribeOptions, measured_cost
+from offramp.recognizer import Recognizer, TranscribeOptions
 from toy_encoder import randomize
 from toy_hf import L, save_checkpoint
 from toy_speech import speak, write, write_corpus
@@ -60,7 +61,7 @@ def test_a_recording_is_written_as_the_model_writes_it(folder: Path, tmp_path: P
 def test_budgets_and_policies_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recognizer, "_PROBE_S", (1, 2))  # the toy has 800 frames a second
+    monkeypatch.setattr(encoder_cost, "_PROBE_S", (1, 2))  # the toy has 800 frames a second
     it = Recognizer.load(folder)
     path = write(tmp_path / "a.wav", speak("do mi do"))
     (least,) = it.transcribe(path, energy(budget_macs=1.0)).segments

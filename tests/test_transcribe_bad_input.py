@@ -109,10 +109,7 @@ def test_fifty_good_recordings_survive_the_bad_ones(capsys, tmp_path, recogniser
 
 
 def test_eight_channels_at_192_khz_are_read(capsys, tmp_path, recogniser_folder):
-    times = torch.arange(48_000) / 192_000
-    tone = 0.4 * torch.sin(2 * torch.pi * toy_speech.HZ["mi"] * times)
-    quiet = torch.zeros(57_600)
-    samples = torch.cat([quiet, tone, quiet])[:, None].repeat(1, 8)
+    samples = toy_speech.speak("mi", rate=192_000)[:, None].repeat(1, 8)
     path = toy_speech.write(tmp_path / "a.wav", samples, 192_000)
     assert transcribe(capsys, recogniser_folder, path) == (0, "mi\n", "")
 

@@ -1,6 +1,7 @@
-"""A recogniser of two tone 'words', trained in seconds: what it is told to write comes out.
+"""A recogniser of two 'words', trained in seconds: what it is told to write comes out.
 
-A low tone is "do", a high one "mi", 0.25 s each, with pauses between. The first exit is trained
+A low buzz is "do", a high one "mi", 0.25 s each, with pauses between; they swell and fade as
+syllables do, or the energy detector would take them for hum. The first exit is trained
 too, so every exit writes the same.
 """
 
@@ -14,12 +15,11 @@ import soundfile
 import torch
 from torch import Tensor
 
-from offramp.audio.features import FeatureConfig
+from offramp.audio.reader import LogMelReader
 from offramp.config import EncoderConfig
 from offramp.data.manifest import Utterance, write_manifest
 from offramp.models.ctc import CTCEncoder
 from offramp.models.ctc_checkpoint import save_encoder
-from offramp.recognizer import batch_features
 from offramp.tokenizer import TextTokenizer, train_ctc_bpe
 from offramp.train.ctc import ctc_nll, forward_exits
 
@@ -45,15 +45,17 @@ def tokenizer() -> TextTokenizer:
     return train_ctc_bpe(["do mi do", "mi do mi"], CONFIG.vocab_size)
 
 
-def speak(text: str, edge_s: float = EDGE_S) -> Tensor:
+def speak(text: str, edge_s: float = EDGE_S, rate: int = 16_000) -> Tensor:
     """Samples of the words of `text`; "" is silence."""
-    parts = [torch.zeros(round(16_000 * edge_s))]
+    parts = [torch.zeros(round(rate * edge_s))]
+    swell = torch.hann_window(round(rate * TONE_S))
     for nth, word in enumerate(text.split()):
         if nth:
-            parts.append(torch.zeros(round(16_000 * PAUSE_S)))
-        times = torch.arange(round(16_000 * TONE_S)) / 16_000
-        parts.append(0.4 * torch.sin(2 * math.pi * HZ[word] * times))
-    return torch.cat([*parts, torch.zeros(round(16_000 * edge_s))])
+            parts.append(torch.zeros(round(rate * PAUSE_S)))
+        phase = 2 * math.pi * HZ[word] / rate * torch.arange(len(swell))
+        partials = range(1, int(8_000 / HZ[word]))
+        parts.append(0.3 * swell * sum((phase * k).sin() / k for k in partials))
+    return torch.cat([*parts, torch.zeros(round(rate * edge_s))])
 
 
 def write(path: Path, samples: Tensor, rate: int = 16_000) -> Path:
@@ -86,13 +88,12 @@ def trained(steps: int = 60) -> CTCEncoder:
     model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
-    features = FeatureConfig(num_mels=CONFIG.num_mels)
+    reader = LogMelReader(CONFIG)
     batches = []
     for number in range(5):
         texts = random_texts(6, number, longest=4)
         samples = [speak(text, 0.1 + 0.03 * i) for i, text in enumerate(texts)]
-        batch = batch_features(samples, features, torch.device("cpu"))
-        batches.append((*batch, pieces.encode_batch(texts)))
+        batches.append((*reader.inputs(samples), pieces.encode_batch(texts)))
     for step in range(steps):
         x, lengths, targets = batches[step % len(batches)]
         log_probs, frames = forward_exits(model, x, lengths, CONFIG.exits)

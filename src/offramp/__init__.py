@@ -17,17 +17,21 @@ from offramp.errors import (
 )
 
 if TYPE_CHECKING:
-    from offramp.api import DraftOptions, Model, load, transcribe
+    from offramp.api import DraftOptions, Model, load, stream, transcribe
     from offramp.decoding.sampling import Sampling
     from offramp.decoding.stopping import Stop
+    from offramp.decoding.stream_plan import StreamOptions
     from offramp.recognizer import Recognizer, TranscribeOptions
     from offramp.results import DecodeStats, Generation, Step, Transcript
+    from offramp.stream_events import Endpoint, Final, Partial
+    from offramp.streaming import StreamingRecognizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "load": "offramp.api",
     "transcribe": "offramp.api",
+    "stream": "offramp.api",
     "Model": "offramp.api",
     "DraftOptions": "offramp.api",
     "Sampling": "offramp.decoding.sampling",
@@ -38,6 +42,11 @@ _HOMES = {
     "Transcript": "offramp.results",
     "Recognizer": "offramp.recognizer",
     "TranscribeOptions": "offramp.recognizer",
+    "StreamingRecognizer": "offramp.streaming",
+    "StreamOptions": "offramp.decoding.stream_plan",
+    "Partial": "offramp.stream_events",
+    "Final": "offramp.stream_events",
+    "Endpoint": "offramp.stream_events",
 }
 
 __all__ = [
@@ -47,18 +56,24 @@ __all__ = [
     "DataError",
     "DecodeStats",
     "DraftOptions",
+    "Endpoint",
+    "Final",
     "Generation",
     "InputError",
     "Model",
     "OfframpError",
+    "Partial",
     "Recognizer",
     "Sampling",
     "Step",
     "Stop",
+    "StreamOptions",
+    "StreamingRecognizer",
     "TrainingError",
     "TranscribeOptions",
     "Transcript",
     "load",
+    "stream",
     "transcribe",
 ]
 

@@ -1,8 +1,11 @@
-"""The public calls: load a model, generate or stream text from it; turn speech into text.
+"""The public calls: load a model, generate or stream text from it; turn speech into text, whole
+or as it comes.
 
     model = offramp.load("lm-tiny")
     print(model.generate("The count opened the").text)
     print(offramp.transcribe("talk.flac").text)
+    for event in offramp.stream("talk.flac"):
+        print(event)
 
 Drafting is on by default where the checkpoint says what drafts well, and never changes the
 text. Thin by design: the work is in `decoding/`.
@@ -20,6 +23,7 @@ from typing import Literal, overload
 import torch
 
 from offramp.audio.io import Source
+from offramp.audio.live import open_source
 from offramp.config import DecoderConfig
 from offramp.decoding.drafts import (
     AdaptiveExitDraft,
@@ -34,6 +38,7 @@ from offramp.decoding.exits import RoundCosts
 from offramp.decoding.sampling import Chooser, Sampling
 from offramp.decoding.speculative import speculate
 from offramp.decoding.stopping import RowEnd, Stop
+from offramp.decoding.stream_plan import StreamOptions
 from offramp.energy.trace import Trace
 from offramp.errors import InputError
 from offramp.models import hub
@@ -41,6 +46,8 @@ from offramp.nn.device import choose_device
 from offramp.nn.tower import Tower, TracedTower, TruncatedTower
 from offramp.recognizer import Recognizer, TranscribeOptions
 from offramp.results import DecodeStats, FinishReason, Generation, Step, Transcript
+from offramp.stream_events import Event
+from offramp.streaming import StreamingRecognizer
 from offramp.tokenizer import TextStream, TextTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -257,6 +264,24 @@ def transcribe(
     keep a `Recognizer`. Raises AudioError, and CheckpointError for what is no recogniser.
     """
     return Recognizer.load(model, device=device).transcribe(source, options)
+
+
+def stream(
+    source: Source,
+    *,
+    model: str | Path = "stream-tiny",
+    options: StreamOptions | None = None,
+    device: str = "cpu",
+) -> Iterator[Event]:
+    """What is said in a recording as it comes: `Partial`, `Final` and `Endpoint` events.
+
+    source: a path, a binary file object, or "-" for 16-bit samples at 16 kHz, mono, from standard
+    input. For blocks of samples of your own, and several streams, keep a `StreamingRecognizer`.
+    Faults of the model and the options show here, those of the audio where they are reached,
+    after what was said before them.
+    """
+    blocks, rate = open_source(source)
+    return StreamingRecognizer.load(model, device=device).stream(blocks, options, rate)
 
 
 def candidate_exits(num_layers: int) -> list[int]:

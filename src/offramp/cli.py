@@ -21,6 +21,10 @@ Json = Annotated[Path | None, Parameter(name="--json", help="Also write the figu
 Threads = Annotated[int | None, Parameter(help="CPU threads; default: what torch chooses.")]
 
 
+def _no_option(type_: object, file: str | None) -> None:
+    _no_options(type_, () if file is None else (file,))
+
+
 def _no_options(type_: object, files: tuple[str, ...]) -> None:
     """So that `-` may be a file, cyclopts takes unknown options for files too."""
     if unknown := next((f for f in files if f.startswith("-") and f != "-"), None):
@@ -155,6 +159,90 @@ def transcribe(
     _set_threads(threads)
     if output.write(Recognizer.load(model, device=device), options):
         sys.exit(1)
+
+
+@app.command
+def stream(
+    source: Annotated[
+        str | None, Parameter(allow_leading_hyphen=True, validator=_no_option)
+    ] = None,
+    /,
+    *,
+    model: ModelName = "stream-tiny",
+    mic: bool = False,
+    sample_rate: int | None = None,
+    chunk_ms: float | None = None,
+    beam_size: int | None = None,
+    hotword: tuple[str, ...] = (),
+    blank_skip: float | None = None,
+    json: bool = False,
+    device: str = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Turn speech into text while it comes in. What breaks off is written as far as it came.
+
+    Parameters
+    ----------
+    source: WAV, FLAC, OGG or MP3; - is standard input: 16-bit samples, mono, no header.
+    mic: Listen to the microphone instead, until Ctrl-C (needs the extra offramp[mic]).
+    sample_rate: Of standard input or the microphone, in Hz; default: 16000.
+    chunk_ms: Audio that is heard at once; default: what the model was made for.
+    beam_size: Beam search with this many hypotheses; default: greedy.
+    hotword: Words to expect (may be given several times).
+    blank_skip: Score no labels where the blank is this probable (models with their own blank).
+    json: One JSON object per event, then one with latency and counts.
+    """
+    from offramp.audio.live import open_source
+    from offramp.decoding.stream_plan import StreamOptions
+    from offramp.streaming import StreamingRecognizer
+    from offramp.terminal_energy import show_stream
+
+    options = StreamOptions(chunk_ms, beam_size, hotword, blank_skip)
+    blocks, rate = open_source(source, mic, sample_rate)
+    _set_threads(threads)
+    opened = StreamingRecognizer.load(model, device=device).open(options, rate)
+    show_stream(opened, opened.read(blocks), json)
+
+
+@app.command
+def profile(
+    recording: Path,
+    /,
+    *,
+    model: ModelName = "stream-tiny",
+    hardware: str = "edge45,mobile-low,mobile-high,mcu",
+    chunk_ms: float | None = None,
+    beam_size: int | None = None,
+    blank_skip: float | None = None,
+    device: str = "cpu",
+    threads: Threads = None,
+    json: Json = None,
+    plot: Annotated[Path | None, Parameter(help="Also draw a figure here (.png).")] = None,
+) -> None:
+    """What streaming a recording runs, moves and takes in modelled energy, part by part.
+
+    Parameters
+    ----------
+    recording: WAV, FLAC, OGG or MP3.
+    hardware: Profiles, with commas between: edge45, mobile-low, mobile-high, mcu, or .toml files.
+    chunk_ms: Audio that is heard at once; default: what the model was made for.
+    beam_size: Beam search with this many hypotheses; default: greedy.
+    blank_skip: Score no labels where the blank is this probable (models with their own blank).
+    """
+    from offramp import plots, terminal, terminal_energy
+    from offramp.bench.stream_profile import ProfileOptions, run
+    from offramp.decoding.stream_plan import StreamOptions
+
+    terminal.check_writable(json)
+    terminal.check_writable(plot)
+    plots.check_plots(plot)
+    _set_threads(threads)
+    how = StreamOptions(chunk_ms, beam_size, blank_skip=blank_skip)
+    report = run(model, recording, ProfileOptions(tuple(hardware.split(",")), how), device)
+    terminal_energy.show_profile(report)
+    terminal.write_json(json, report.to_dict())
+    if plot is not None:
+        plots.plot_energy(report.energies, plot)
 
 
 @app.command

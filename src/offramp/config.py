@@ -173,11 +173,7 @@ class EncoderConfig:
             raise ConfigError(
                 f"kernel_size is {self.kernel_size}; it must be odd, with a frame in the middle"
             )
-        check_counts(0, blank_id=self.blank_id)
-        if self.blank_id >= self.vocab_size:
-            raise ConfigError(
-                f"blank_id is {self.blank_id}; it must be less than vocab_size, {self.vocab_size}"
-            )
+        check_blank(self.blank_id, self.vocab_size)
 
     def _check_exits(self) -> None:
         for name, layers in (("exits", self.exits), ("branches", self.branches)):
@@ -244,6 +240,130 @@ class EncoderConfig:
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return strict(cls, values)
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How an Emformer cuts a stream; in frames of the tower, save `memory`.
+
+    chunk: frames that are heard, and written, at once. left_context: frames before the chunk that
+    it sees. right_context: frames after it that it waits for. memory: summaries of earlier chunks
+    that it sees (the memory bank of arXiv 2010.10759, section 2). No weight depends on any of
+    these, so one model can serve several.
+    """
+
+    chunk: int
+    left_context: int
+    right_context: int = 0
+    memory: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(1, chunk=self.chunk)
+        check_counts(
+            0,
+            left_context=self.left_context,
+            right_context=self.right_context,
+            memory=self.memory,
+        )
+
+    @property
+    def frames(self) -> int:
+        """Frames that must have come before a chunk is heard."""
+        return self.chunk + self.right_context
+
+
+@dataclass(frozen=True)
+class TransducerConfig:
+    """A streaming transducer: Emformer encoder, predictor, joiner; sizes in units of 1.
+
+    vocab_size: the blank included. time_reduction: feature frames per frame of the tower.
+    chunking: used where a call names none. positions: `none`, as published, or `rotary`.
+    kernel_size: frames that a causal convolution in each layer reads; 0: none, as published.
+
+    predictor: `lstm` (`predictor_layers` layers, each with layer norm) or `stateless` (reads the
+    last `predictor_context` tokens). d_predictor, d_joint: widths of the predictor, and of what
+    encoder and predictor hand to the joiner. factorised_blank: the blank has its own scorer (HAT,
+    arXiv 2003.07705). ctc_head: a second head, on the encoder alone, to help training.
+    """
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    d_ff: int
+    vocab_size: int
+    d_predictor: int
+    d_joint: int
+    chunking: Chunking
+    predictor: str = "lstm"
+    predictor_layers: int = 1
+    predictor_context: int = 2
+    num_mels: int = 80
+    time_reduction: int = 4
+    positions: str = "none"
+    kernel_size: int = 0
+    factorised_blank: bool = False
+    ctc_head: bool = False
+    blank_id: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = ("d_model", "num_layers", "num_heads", "d_ff", "d_predictor", "d_joint")
+        more = ("predictor_layers", "predictor_context", "num_mels", "time_reduction")
+        check_counts(1, **{name: getattr(self, name) for name in (*sizes, *more)})
+        check_counts(2, vocab_size=self.vocab_size)
+        check_counts(0, kernel_size=self.kernel_size)
+        check_blank(self.blank_id, self.vocab_size)
+        check_range(0, 1, dropout=self.dropout)
+        check_choice(
+            predictor=(self.predictor, ("lstm", "stateless")),
+            positions=(self.positions, ("none", "rotary")),
+            factorised_blank=(self.factorised_blank, (False, True)),
+            ctc_head=(self.ctc_head, (False, True)),
+        )
+        if not isinstance(self.chunking, Chunking):
+            raise ConfigError(f"chunking is {self.chunking!r}; it must be a Chunking")
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        if self.d_model % self.time_reduction:
+            raise ConfigError(
+                f"d_model {self.d_model} is not a multiple of time_reduction "
+                f"{self.time_reduction}; each feature frame fills an equal share of a frame"
+            )
+        channels = self.num_heads * (2 if self.positions == "rotary" else 1)
+        if self.d_model % channels:
+            raise ConfigError(
+                f"d_model {self.d_model} is not a multiple of {channels}: num_heads "
+                f"{self.num_heads}, and rotary positions need an even number of channels per head"
+            )
+        if self.predictor == "stateless" and self.d_predictor % 4:
+            raise ConfigError(
+                f"d_predictor is {self.d_predictor}; the stateless predictor convolves groups of "
+                "4 channels, so it must be a multiple of 4"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    def output_frames(self, num_frames: int) -> int:
+        """Frames of the tower for `num_frames` feature frames; none is lost."""
+        return -(-num_frames // self.time_reduction)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Strict: an unknown or missing key is an error that names it."""
+        values = dict(values)
+        if isinstance(values.get("chunking"), Mapping):
+            values["chunking"] = strict(Chunking, values["chunking"])
+        return strict(cls, values)
+
+
+def check_blank(blank_id: Any, vocab_size: int) -> None:
+    """ConfigError unless the blank is one of the `vocab_size` tokens."""
+    check_counts(0, blank_id=blank_id)
+    if blank_id >= vocab_size:
+        raise ConfigError(f"blank_id is {blank_id}; it must be less than vocab_size, {vocab_size}")
 
 
 def check_choice(**values: tuple[Any, tuple[Any, ...]]) -> None:

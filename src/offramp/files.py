@@ -52,15 +52,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_writable_folder(folder: Path) -> None:
-    """Make `folder` if need be; InputError, before the work, if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    """InputError, before the work, unless `folder` can be written to, or made; it is not made."""
+    place = folder
+    while not os.path.exists(place) and place != place.parent:  # for Path it may be an error
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
         raise InputError(
-            f"cannot write {folder}: {error.strerror}; choose a folder you may write to"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write into {folder}; choose a folder you may write to")
+            f"cannot write to {folder}: {place} is no folder you may write to; choose a folder "
+            "you may write to"
+        )
 
 
 def _clear_leftovers(path: Path) -> None:

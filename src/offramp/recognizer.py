@@ -8,7 +8,6 @@ segment knows what it cost. Where nobody speaks nothing is written.
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from offramp.audio.features import FeatureConfig, encoder_input
 from offramp.audio.io import SAMPLE_RATE, Source, stream_audio
+from offramp.audio.reader import LogMelReader, Reader
 from offramp.audio.vad import Segment, VadOptions, find_speech
 from offramp.config import EncoderConfig, check_counts, check_positive
 from offramp.data.batching import pack
@@ -28,6 +26,7 @@ from offramp.decoding.beam import BeamOptions, beam_search
 from offramp.decoding.calibration import Calibration
 from offramp.decoding.ctc import Hypothesis, geometric_mean, text, words
 from offramp.decoding.early_exit_ctc import EarlyExit, EarlyExitOptions, early_exit, stopwatch
+from offramp.decoding.encoder_cost import measured_cost, tower_cost, tower_macs
 from offramp.decoding.exit_policies import (
     Agreement,
     AnyOf,
@@ -36,16 +35,13 @@ from offramp.decoding.exit_policies import (
     ExitPolicy,
     FixedExit,
     FrameEntropy,
-    SegmentCost,
 )
 from offramp.decoding.lm import LanguageModel, WordScorer, WordScorerOptions, hotword_spelling
-from offramp.energy.cost import mac_cost, trail_macs
-from offramp.energy.hf_cost import shape_mac_cost, shape_trail_macs
 from offramp.errors import CheckpointError, ConfigError, InputError
 from offramp.models import hub
 from offramp.models.ctc import CTCEncoder
 from offramp.models.ctc_checkpoint import load_encoder
-from offramp.models.hf_checkpoint import EXITS, PretrainedReader, PretrainedSpeech, is_pretrained
+from offramp.models.hf_checkpoint import EXITS, PretrainedSpeech, is_pretrained
 from offramp.models.hf_ctc import PretrainedConfig, PretrainedCTCEncoder
 from offramp.nn.device import choose_device
 from offramp.results import ExitText, Transcript, TranscriptSegment, Word
@@ -58,9 +54,7 @@ POLICIES: dict[str, Callable[[float], ExitPolicy]] = {
     "agreement": Agreement,
 }
 Decode = Callable[[Tensor], Hypothesis]  # [T, V] without padding -> its text
-Features = FeatureConfig | PretrainedReader  # what an encoder reads
 _BATCH_SAMPLES = 40 * SAMPLE_RATE  # of a batch, padding included
-_PROBE_S = (1, 8)  # what a run costs is measured on these
 
 
 @dataclass(frozen=True)
@@ -171,8 +165,8 @@ class TranscribeOptions:
 class Recognizer:
     """An encoder with its pieces. One recording at a time; loading is the slow part, so keep it.
 
-    pieces: what each token id writes, with U+2581 or a space where a word starts. features: what
-    the encoder reads; our log-mel, or what belongs to a transformers model.
+    pieces: what each token id writes, with U+2581 or a space where a word starts. reader: how
+    samples become what the encoder reads; None: as our encoders read them.
     """
 
     def __init__(
@@ -180,17 +174,15 @@ class Recognizer:
         encoder: CTCEncoder | PretrainedCTCEncoder,
         pieces: Sequence[str],
         folder: Path | None = None,
-        features: PretrainedReader | None = None,
+        reader: Reader | None = None,
     ) -> None:
         # One of the two; their states differ in type, so no union of them can be run.
         self.encoder: Any = encoder
         self.pieces, self.folder = tuple(pieces), folder
-        self.features: Features
-        if features is not None:
-            self.features = features
-        else:
-            assert isinstance(encoder, CTCEncoder), "a transformers model comes with its features"
-            self.features = FeatureConfig(num_mels=encoder.config.num_mels)
+        if reader is None:
+            assert isinstance(encoder, CTCEncoder), "a transformers model comes with its reader"
+            reader = LogMelReader(encoder.config)
+        self.reader = reader
         self._plan: tuple[TranscribeOptions, _Plan] | None = None
 
     @classmethod
@@ -218,26 +210,11 @@ class Recognizer:
         config: EncoderConfig | PretrainedConfig = self.encoder.config
         return config
 
-    @property
-    def frame_s(self) -> float:
-        """Seconds from one frame of the tower to the next."""
-        if isinstance(self.features, PretrainedReader):
-            return self.features.frame_s
-        assert isinstance(self.config, EncoderConfig)
-        return self.config.subsampling * self.features.hop / SAMPLE_RATE
-
-    @property
-    def first_frame_s(self) -> float:
-        """Seconds from the start of the samples to what the first frame of the tower hears.
-
-        Frame t is centred on feature frame subsampling * t where the edges are padded; where they
-        are not, the convolutions begin inside the features, and it is `subsampling` - 1 later.
-        """
-        if isinstance(self.features, PretrainedReader):
-            return 0.0
-        assert isinstance(self.config, EncoderConfig)
-        lost = self.config.subsampling - 1 - self.config.edge_frames
-        return lost * self.features.hop / SAMPLE_RATE
+    def inputs(self, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Samples [N_b] each -> the encoder's input [B, ...] and lengths [B], on its device."""
+        made, lengths = self.reader.inputs(samples)
+        device = self.encoder.device
+        return made.to(device), lengths.to(device)
 
     def weights_sha256(self) -> str | None:
         """Tells whether the weights, exit heads included, are the same; None: no folder."""
@@ -365,11 +342,9 @@ class Transcription:
             yield segment
 
     def _transcribed(self, source: Source) -> Iterator[TranscriptSegment]:
-        config, features = self._recognizer.config, self._recognizer.features
+        reader = self._recognizer.reader
         spoken = find_speech(self._counted(stream_audio(source)), self._plan.options.vad)
-        long_enough = (
-            s for s in spoken if config.output_frames(num_inputs(features, len(s.samples)))
-        )
+        long_enough = (s for s in spoken if reader.num_inputs(len(s.samples)))
         while group := list(islice(long_enough, self._plan.batch_size)):
             yield from self._group(group)
 
@@ -383,26 +358,20 @@ class Transcription:
         found: dict[int, TranscriptSegment] = {}
         for rows in length_batches([len(s.samples) for s in group], _BATCH_SAMPLES):
             options = self._plan.run_options()  # a stopwatch starts before the features
-            features, lengths = self._features([group[row] for row in rows])
+            inputs, lengths = self._recognizer.inputs([group[row].samples for row in rows])
             config, encoder = self._recognizer.config, self._recognizer.encoder
-            results = early_exit(
-                encoder, config.exits, features, lengths, self._plan.policy, options
-            )
+            results = early_exit(encoder, config.exits, inputs, lengths, self._plan.policy, options)
             for row, result in zip(rows, results, strict=True):
                 found[row] = self._written(group[row], result)
         return [found[row] for row in range(len(group))]
 
-    def _features(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-        samples = [segment.samples for segment in segments]
-        return batch_features(samples, self._recognizer.features, self._recognizer.encoder.device)
-
     def _written(self, segment: Segment, result: EarlyExit) -> TranscriptSegment:
         """Results with times from the start of the recording."""
-        recognizer, pieces = self._recognizer, self._recognizer.pieces
-        length = num_inputs(recognizer.features, len(segment.samples))
+        config, pieces = self._recognizer.config, self._recognizer.pieces
+        reader = self._recognizer.reader
         seconds = len(segment.samples) / SAMPLE_RATE
-        lead_s = min(recognizer.first_frame_s, seconds)
-        local = words(result.hypothesis, pieces, recognizer.frame_s, seconds - lead_s)
+        lead_s = min(reader.first_frame_s, seconds)
+        local = words(result.hypothesis, pieces, reader.frame_s, seconds - lead_s)
         # Adding the start may round a time past the end.
         start_s, end_s = segment.start_s + lead_s, segment.end_s
         moved = tuple(
@@ -427,7 +396,7 @@ class Transcription:
             words=moved,
             confidence=geometric_mean([w.confidence for w in moved]) if moved else None,
             exit_layer=result.exit_layer,
-            macs=tower_macs(recognizer.config, length, tested),
+            macs=tower_macs(config, reader.num_inputs(len(segment.samples)), tested),
             trail=trail,
         )
 
@@ -439,77 +408,6 @@ def length_batches(frames: Sequence[int], batch_frames: int) -> list[list[int]]:
     """Rows by rising length, together while they fit `batch_frames` with padding."""
     rows = sorted(range(len(frames)), key=frames.__getitem__)
     return [[rows[i] for i in batch] for batch in pack([frames[r] for r in rows], batch_frames)]
-
-
-def batch_features(
-    samples: Sequence[Tensor], features: Features, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Samples [N_b] each -> what the encoder reads, [B, ...], and lengths [B], on `device`."""
-    if isinstance(features, PretrainedReader):
-        made, lengths = features.inputs(samples)
-    else:
-        made, lengths = encoder_input(samples, features)
-    return made.to(device), lengths.to(device)
-
-
-def num_inputs(features: Features, num_samples: int) -> int:
-    """How long so many samples are to the encoder; 0: too short for it."""
-    if isinstance(features, PretrainedReader):
-        return features.num_inputs(num_samples)
-    return features.num_frames(num_samples)
-
-
-# -- costs ---------------------------------------------------------------------------------------
-
-
-def tower_macs(
-    config: EncoderConfig | PretrainedConfig, num_inputs: int, tested: Sequence[int]
-) -> int:
-    """MACs of an utterance of `num_inputs` up to the last of the exits `tested`."""
-    if isinstance(config, PretrainedConfig):
-        return shape_trail_macs(config.shape, num_inputs, tested)
-    return trail_macs(config, num_inputs, tested)
-
-
-def tower_cost(config: EncoderConfig | PretrainedConfig) -> SegmentCost:
-    """(start, stop, frames of the tower) -> MACs from one tested exit to the next."""
-    return (
-        shape_mac_cost(config.shape) if isinstance(config, PretrainedConfig) else mac_cost(config)
-    )
-
-
-def measured_cost(encoder: Any) -> SegmentCost:
-    """Milliseconds from one tested exit to the next, alone in its batch, as this machine is now.
-
-    Two utterances of noise are timed through the whole tower; between and beyond them time is
-    taken to rise evenly with the MACs, from a part that every layer costs however short its input.
-    """
-    config: EncoderConfig | PretrainedConfig = encoder.config
-    macs = tower_cost(config)
-    probes = [_probe(encoder, seconds) for seconds in _PROBE_S]
-    times = [_milliseconds(encoder, probe) for probe in probes]
-    sizes = [macs(0, config.num_layers, config.output_frames(p.shape[1])) for p in probes]
-    rate = max(0.0, (times[1] - times[0]) / (sizes[1] - sizes[0]))
-    each_layer = max(0.0, times[0] - rate * sizes[0]) / config.num_layers
-    return lambda start, stop, n: each_layer * (stop - start) + rate * macs(start, stop, n)
-
-
-def _probe(encoder: Any, seconds: int) -> Tensor:
-    """An utterance of noise, [1, N] or [1, T, F]."""
-    config, generator = encoder.config, torch.Generator().manual_seed(0)
-    size = config.input_size if isinstance(config, PretrainedConfig) else config.num_mels
-    shape = (SAMPLE_RATE * seconds,) if size is None else (100 * seconds, size)
-    return torch.randn(1, *shape, generator=generator).to(encoder.device)
-
-
-def _milliseconds(encoder: Any, features: Tensor) -> float:
-    """The median of three runs to the last exit, after one to warm up."""
-    lengths, taken = torch.tensor([features.shape[1]]), []
-    for _ in range(4):
-        elapsed = stopwatch()
-        early_exit(encoder, encoder.config.exits, features, lengths.to(encoder.device), FixedExit())
-        taken.append(elapsed())
-    return statistics.median(taken[1:])
 
 
 # -- options to parts ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from offramp import terminal
 from offramp.audio.io import duration_s
 from offramp.errors import AudioError, InputError
-from offramp.files import replacing
+from offramp.files import check_writable_folder, replacing
 from offramp.recognizer import Recognizer, TranscribeOptions, Transcription
 from offramp.transcript_formats import FORMATS
 
@@ -37,7 +37,7 @@ class TranscriptOutput:
                 f"several files as {format} do not fit into one; give a folder with -o"
             )
         if folder is not None:
-            _check_folder(folder)
+            check_writable_folder(folder)
             targets = [self._target(name) for name in files]
             if twice := next((t for t in targets if targets.count(t) > 1), None):
                 raise InputError(
@@ -147,14 +147,3 @@ def _printable(name: str) -> str:
     """The name with escapes for what standard output cannot hold, as bytes that are no UTF-8."""
     encoding = sys.stdout.encoding or "utf-8"
     return name.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _check_folder(folder: Path) -> None:
-    """InputError unless `folder` can be written to, or made."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(
-            f"cannot write to {folder}: {place} is no folder you may write to; choose another one"
-        )

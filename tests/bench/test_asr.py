@@ -33,7 +33,6 @@ from offramp.recognizer import (
     CALIBRATION,
     Recognizer,
     TranscribeOptions,
-    batch_features,
     decoder,
 )
 from toy_encoder import randomize
@@ -82,7 +81,7 @@ def test_every_exit_is_what_single_utterances_give(folder: Path, manifest: Path)
         texts, macs, audio_s = [], 0, 0.0
         for utterance in utterances:
             samples = read_audio(utterance.path)
-            x, lengths = batch_features([samples], one.features, torch.device("cpu"))
+            x, lengths = one.inputs([samples])
             (left,) = early_exit(one.encoder, CONFIG.exits, x, lengths, FixedExit(exit_layer))
             pieces = "".join(one.pieces[t] for t in left.hypothesis.tokens)
             texts.append(pieces.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").strip())
@@ -112,6 +111,7 @@ def test_json_has_the_keys_that_are_promised(recogniser_folder: Path, manifest: 
         assert sum(figures["exit_histogram"].values()) == 11
 
 
+@pytest.mark.slow
 def test_thresholds_given_calibrated_or_common(folder: Path, manifest: Path) -> None:
     given = {"confidence": 0.0, "entropy": -1.0, "agreement": 0.0}
     made = run(folder, AsrData(manifest), AsrOptions(given)).policies
@@ -133,12 +133,15 @@ def test_thresholds_given_calibrated_or_common(folder: Path, manifest: Path) -> 
         AsrOptions({"patience": 1.0})
 
 
+@pytest.mark.slow
 def test_features_tower_and_search_count_in_every_rtf(
     monkeypatch: pytest.MonkeyPatch, recogniser_folder: Path, manifest: Path
 ) -> None:
+    inputs = Recognizer.inputs
+
     def slow(*given: Any) -> Any:
         time.sleep(0.2)
-        return batch_features(*given)
+        return inputs(*given)
 
     searched: list[int] = []
 
@@ -147,7 +150,7 @@ def test_features_tower_and_search_count_in_every_rtf(
         time.sleep(0.1)
         return beam_search(*given)
 
-    monkeypatch.setattr(module, "batch_features", slow)
+    monkeypatch.setattr(Recognizer, "inputs", slow)
     monkeypatch.setattr(recognizer, "beam_search", slow_search)
     made = run(recogniser_folder, AsrData(manifest, limit=4), AsrOptions(beam_size=2)).policies
     audio_s = sum(u.seconds for u in read_manifest(manifest)[:4])
@@ -238,7 +241,7 @@ def test_beam_searches_are_policies_too(folder: Path, manifest: Path) -> None:
     decode = decoder(one.pieces, TranscribeOptions(beam_size=4), CONFIG.blank_id)
     written = []
     for utterance in utterances:
-        x, lengths = batch_features([read_audio(utterance.path)], one.features, torch.device("cpu"))
+        x, lengths = one.inputs([read_audio(utterance.path)])
         ends = EarlyExitOptions(CONFIG.blank_id, decode=decode)
         (left,) = early_exit(one.encoder, CONFIG.exits, x, lengths, FixedExit(), ends)
         written.append(text(left.hypothesis.tokens, one.pieces))
@@ -290,6 +293,7 @@ def test_all_that_is_wrong_with_a_manifest_is_named_at_once(
 # -- calibration ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["confidence", "entropy", "agreement"])
 def test_a_calibrated_policy_does_on_its_data_what_it_says(
     folder: Path, manifest: Path, rule: str
@@ -323,5 +327,8 @@ def test_what_is_out_of_range_is_refused(tmp_path: Path) -> None:
     for wrong in ((0.0, 100.0), (0.5, -1.0)):
         with pytest.raises(ConfigError, match="greater than 0"):
             CalibrateOptions(wrong[0], cap=wrong[1])
+    for cap in (0.5, 0.4):  # before anything is read or decoded
+        with pytest.raises(InputError, match=rf"cap is {cap} % and .*: choose a larger cap"):
+            CalibrateOptions(0.5, cap=cap)
     with pytest.raises(ConfigError, match="limit is 0"):
         AsrData(tmp_path / "m.tsv", limit=0)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from offramp.data import corpora, synthetic
+from offramp.data.speech import normalize_text
 from offramp.data.synthetic import (
     HELD_OUT_VARIANTS,
     VARIANTS,
@@ -223,6 +224,9 @@ def test_normalized_text() -> None:
         once = normalize(text)
         assert normalize(once) == once
     assert normalize("... -- !") == ""
+    # Unlike `normalize_text`: what checkpoints were trained on stays as it is.
+    assert normalize("Mr Hubble, etc.") == "mr hubble etc"
+    assert normalize_text("Mr Hubble, etc.") == "mister hubble et cetera"
 
 
 def test_sentences_end_where_they_end() -> None:

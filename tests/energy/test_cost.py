@@ -70,6 +70,7 @@ def counted(model: CTCEncoder, num_frames: int, exit_layer: int) -> int:
     return counter.get_total_flops() // 2 + pooled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", toy_encoder.VARIANTS.values(), ids=toy_encoder.VARIANTS)
 def test_every_model_costs_what_its_modules_are_seen_to_run(changes: Any) -> None:
     model = toy_encoder.encoder(**changes)

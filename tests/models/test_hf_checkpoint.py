@@ -136,6 +136,7 @@ def policies(it: PretrainedSpeech) -> dict[str, ExitPolicy]:
     return {**found, "budget": budget, "any": AnyOf((budget, found["confidence"]))}
 
 
+@pytest.mark.slow
 def test_a_batch_leaves_where_each_utterance_leaves_alone(name: str, tmp_path: Path) -> None:
     it, samples = speech(tmp_path / "m", name), waves()
     config = it.encoder.config

@@ -201,6 +201,7 @@ def test_what_decoding_needs_to_know() -> None:
 # -- compute -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_macs_are_those_of_the_products_that_run(name: str) -> None:
     """Against torch's own count of floating-point operations: two for a multiply-accumulate."""
     encoder = toy(name, exits=(2, 4, L))

@@ -187,6 +187,7 @@ def test_loss_of_a_step_is_the_weighted_mean_over_targets(tmp_path: Path) -> Non
     assert output.past_key_values is None
 
 
+@pytest.mark.slow
 def test_accumulation_over_batches_equals_one_batch(tmp_path: Path) -> None:
     steps = []
     for size, accumulation in ((8, 1), (4, 2), (2, 4)):
@@ -207,6 +208,7 @@ def test_accumulation_over_batches_equals_one_batch(tmp_path: Path) -> None:
         assert_close(other[1], steps[0][1], 1e-4)  # after an update by AdamW
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["activation_checkpointing", "bf16"])
 def test_options_of_the_trainer_that_wrap_the_model(how: str, tmp_path: Path) -> None:
     results = []
@@ -318,6 +320,7 @@ def test_a_batch_without_targets_adds_nothing() -> None:
 # -- under the Trainer ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down_and_evaluation_is_plain(tmp_path: Path) -> None:
     options = LayerSkipConfig(0.1, "exp", 0.3, ExitCurriculum("rotational", 2), distill=0.1)
     model = toy()
@@ -334,6 +337,7 @@ def test_the_loss_goes_down_and_evaluation_is_plain(tmp_path: Path) -> None:
     assert model.eval()(**batch).loss.item() == pytest.approx(last, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     options = LayerSkipConfig(0.5, "exp", 0.5, ExitCurriculum("gradual"))
     weights = []
@@ -353,6 +357,7 @@ def lora(model: Any, **settings: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
+@pytest.mark.slow
 def test_lora_changes_adapters_only_and_the_merged_model_is_ordinary(tmp_path: Path) -> None:
     model = lora(toy())
     before = {n: p.clone() for n, p in model.named_parameters()}

@@ -327,6 +327,7 @@ def test_accumulating_shards_equals_one_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of two samples often skip a layer here: then it has no gradient, in either way."""
     task, config = ToyTask(), settings_of(num_shards=2, lr=3e-3)

@@ -12,7 +12,6 @@ import soundfile
 import torch
 from torch import Tensor
 
-from offramp.audio.features import FeatureConfig
 from offramp.audio.io import read_audio
 from offramp.config import EncoderConfig
 from offramp.data.augment_audio import AudioAugmentation
@@ -21,21 +20,16 @@ from offramp.data.synthetic import Sentence
 from offramp.errors import ConfigError, DataError
 from offramp.models.ctc_checkpoint import load_encoder
 from offramp.tokenizer import BLANK, TextTokenizer, train_ctc_bpe
-from offramp.train import speech
+from offramp.train import speech, speech_data
 from offramp.train.ctc import CTCTraining, SpeechBatch
 from offramp.train.loop import Evaluated, StepDone, TrainConfig
-from offramp.train.speech import (
-    MixedSpeech,
-    Recordings,
-    SpeechItem,
-    SpeechRecipe,
-    at_least,
-    pack,
-)
-from offramp.train.trainee import LogMelReader
+from offramp.train.speech import SpeechRecipe
+from offramp.train.speech_data import MixedSpeech, Recordings, SpeechItem, at_least, pack
+from offramp.train.trainee import LogMelTrainingReader
 
 TEXTS = ("a cat sat", "the dog ran off", "we see the sea", "it's a test", "go", "no more of it")
 TOKENIZER = train_ctc_bpe(TEXTS, 40)
+ENCODER = EncoderConfig(16, 2, 2, 32, 3, 40, exits=(1, 2), shared_head=True, feedback=True)
 
 
 def write_set(folder: Path, count: int, split: str, first: int = 0) -> list[Utterance]:
@@ -61,7 +55,7 @@ def mixed(
     utterances: list[Utterance], seed: int = 0, augment: bool = True, num_shards: int = 1
 ) -> MixedSpeech:
     augmentation = AudioAugmentation() if augment else None
-    reader = LogMelReader(TOKENIZER, FeatureConfig())
+    reader = LogMelTrainingReader(ENCODER, TOKENIZER)
     return MixedSpeech([Recordings(utterances)], reader, 6.0, seed, augmentation, num_shards)
 
 
@@ -174,13 +168,13 @@ def test_sentences_that_take_too_long_are_not_spoken(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = [Sentence("spoken", text) for text in ("a b", "x" * 57, "y" * 55)]
-    monkeypatch.setattr(speech, "_train_sentences", lambda root: said)
+    monkeypatch.setattr(speech_data, "_train_sentences", lambda root: said)
     made = []
-    monkeypatch.setattr(speech, "Synthetic", lambda sentences, *_: made.append(sentences))
-    replace(toy_recipe(), sets=(), synthetic_sentences=9, max_seconds=4.0)._sources()
+    monkeypatch.setattr(speech_data, "Synthetic", lambda sentences, *_: made.append(sentences))
+    replace(toy_recipe(), sets=(), synthetic_sentences=9, max_seconds=4.0).sources(0)
     assert made == [[said[0], said[2]]]  # 14 characters take a second
     with pytest.raises(DataError, match=r"max_seconds, 0\.1"):
-        replace(toy_recipe(), sets=(), synthetic_sentences=9, max_seconds=0.1)._sources()
+        replace(toy_recipe(), sets=(), synthetic_sentences=9, max_seconds=0.1).sources(0)
 
 
 def test_batches_are_as_long_as_they_may_be() -> None:
@@ -207,7 +201,7 @@ def test_pieces_have_a_blank_that_no_text_has() -> None:
 def toy_recipe(steps: int = 6) -> SpeechRecipe:
     return SpeechRecipe(
         name="toy",
-        encoder=EncoderConfig(16, 2, 2, 32, 3, 40, exits=(1, 2), shared_head=True, feedback=True),
+        encoder=ENCODER,
         sets=("kathleen_arctic",),
         dev_sets=("kathleen_arctic",),
         training=CTCTraining(distill=0.1),
@@ -227,6 +221,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root.parent
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(corpus: Path, tmp_path: Path) -> None:
     events = list(toy_recipe().run(tmp_path / "whole"))
     losses = [e.loss for e in events if isinstance(e, StepDone)]

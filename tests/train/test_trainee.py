@@ -130,6 +130,7 @@ def test_exit_heads_learn_on_a_frozen_model() -> None:
     assert after[f"loss_exit_{L}"] == before[f"loss_exit_{L}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_trains_in_mixed_precision(name: str) -> None:
     batch = Fixed(SpeechBatch(*inputs(name), TARGETS, 1.0))
@@ -145,6 +146,7 @@ def test_every_family_trains_in_mixed_precision(name: str) -> None:
     assert 0.0 < float(error) < 0.1
 
 
+@pytest.mark.slow
 def test_the_recipe_takes_a_folder_and_a_manifest(manifest: Path, tmp_path: Path) -> None:
     """As `offramp train recipes/attach_exits.py --set folder=...` does; then it decodes."""
     model = save_checkpoint(tmp_path / "model", RAW)

@@ -34,7 +34,7 @@ class Silero:
         self._state = (torch.zeros(1, 1, _HIDDEN), torch.zeros(1, 1, _HIDDEN))
 
     @torch.inference_mode()
-    def __call__(self, windows: Tensor) -> Tensor:
+    def push(self, windows: Tensor) -> Tensor:
         """windows [n, 512], n > 0, consecutive, at 16 kHz -> probabilities of speech [n]."""
         w, samples = self._weights, torch.cat([self._context, windows.flatten()])
         self._context = samples[-_CONTEXT:].clone()
@@ -52,6 +52,10 @@ class Silero:
         self._state = (state[0], state[1])
         logits = F.linear(out.relu(), w["decoder.decoder.2.weight"].squeeze(2))
         return (logits + w["decoder.decoder.2.bias"]).sigmoid().flatten()
+
+    def finish(self) -> Tensor:
+        """Nothing was held back."""
+        return torch.zeros(0)
 
 
 @cache

@@ -1,25 +1,26 @@
 """Cut hours of sound into segments of speech, in bounded memory, with exact times.
 
 A detector gives a probability of speech per window of 32 ms: Silero VAD where it is installed,
-else the loudness alone, which takes all that is not near silence for speech and says so once.
-Above them is one state machine: speech starts above one threshold and ends when the probability
-has stayed below a lower one; too long a segment is cut where it is quietest.
+else the loudness alone, which takes all that is neither silent nor steady for speech; that is
+said once. Above them is one state machine: speech starts above one threshold and ends when the
+probability has stayed below a lower one; too long a segment is cut where it is quietest.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.audio.io import SAMPLE_RATE
+from offramp.audio.loudness import Loudness
 from offramp.audio.silero import WINDOW, Silero, silero_path
 from offramp.config import check_positive, check_range
 from offramp.errors import ConfigError, InputError
@@ -29,7 +30,18 @@ logger = logging.getLogger(__name__)
 WINDOW_S = WINDOW / SAMPLE_RATE
 _AT_ONCE = 128  # windows, 4 s: fixed, so that results do not depend on how the input is cut
 _DETECTORS = ("auto", "silero", "energy")
-Detect = Callable[[Tensor], Tensor]
+
+
+class Detector(Protocol):
+    """Windows in, probabilities of speech out: one for each, in order, if perhaps later."""
+
+    def push(self, windows: Tensor) -> Tensor:
+        """windows [n, 512], n > 0, which follow those before -> [m], of the next m windows."""
+        ...
+
+    def finish(self) -> Tensor:
+        """Of the windows that it still holds back."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,22 +110,34 @@ def find_speech(blocks: Iterable[Tensor], options: VadOptions | None = None) -> 
     """The segments of speech in `blocks` (samples [n] each, mono, 16 kHz), in order.
 
     They do not overlap, and their samples are the input's. How the input is cut into blocks does
-    not matter. Memory: one block and one segment.
+    not matter. Memory: two blocks and one segment.
     """
     options = options or VadOptions()
-    detect, tracker = _detector(options), _Tracker(options)
+    detector, tracker = _detector(options), _Tracker(options)
     held, first = torch.zeros(0), 0  # input that a segment may still need, and its first number
-    for samples in _recut(blocks, _AT_ONCE * WINDOW):
+    for samples, probabilities in _told(_recut(blocks, _AT_ONCE * WINDOW), detector):
         held = torch.cat([held, samples])
-        windows = F.pad(samples, (0, -len(samples) % WINDOW)).view(-1, WINDOW)
-        levels = windows.square().mean(dim=1)
-        for probability, level in zip(detect(windows).tolist(), levels.tolist(), strict=True):
+        told = held[tracker.now * WINDOW - first :][: len(probabilities) * WINDOW]
+        levels = _windows(told).square().mean(dim=1)
+        for probability, level in zip(probabilities.tolist(), levels.tolist(), strict=True):
             if (span := tracker.push(probability, level)) is not None:
                 yield _segment(held, first, *span)
         keep = min(tracker.needed * WINDOW - first, len(held))
         held, first = held[keep:].clone(), first + keep
     if (span := tracker.finish()) is not None:
         yield _segment(held, first, *span)
+
+
+def _told(blocks: Iterable[Tensor], detector: Detector) -> Iterator[tuple[Tensor, Tensor]]:
+    """(a block, the probabilities that are known with it), and without a block those left."""
+    for samples in blocks:
+        yield samples, detector.push(_windows(samples))
+    yield torch.zeros(0), detector.finish()
+
+
+def _windows(samples: Tensor) -> Tensor:
+    """[N] -> [n, 512], the last one filled up with zeros."""
+    return F.pad(samples, (0, -len(samples) % WINDOW)).view(-1, WINDOW)
 
 
 def _segment(held: Tensor, first: int, start: int, end: int) -> Segment:
@@ -163,7 +187,7 @@ class _Tracker:
         self._min_silence = math.ceil(options.min_silence_s / WINDOW_S)
         self._padding = math.ceil(options.padding_s / WINDOW_S)
         self._longest = math.floor(options.max_segment_s / WINDOW_S) - self._padding
-        self._now = 0  # windows seen
+        self.now = 0  # windows seen
         self._given = 0  # where the last span ended: spans do not overlap
         self._open: _Open | None = None
 
@@ -172,11 +196,11 @@ class _Tracker:
         """The first window that a coming span may hold."""
         if self._open is not None:
             return self._open.start
-        return max(self._given, self._now - self._padding)
+        return max(self._given, self.now - self._padding)
 
     def push(self, probability: float, level: float) -> tuple[int, int] | None:
         """Takes one window; gives the span that it completes, if any. level: mean square."""
-        at, self._now = self._now, self._now + 1
+        at, self.now = self.now, self.now + 1
         if self._open is None:
             if probability < self._options.threshold:
                 return None
@@ -187,24 +211,24 @@ class _Tracker:
             span.quiet = None
         elif span.quiet is None:
             span.quiet = at
-        if span.quiet is not None and self._now - span.quiet >= self._min_silence:
+        if span.quiet is not None and self.now - span.quiet >= self._min_silence:
             return self.finish()
-        return self._cut(span) if self._now - span.start >= self._longest else None
+        return self._cut(span) if self.now - span.start >= self._longest else None
 
     def finish(self) -> tuple[int, int] | None:
         """The span that ends here, if one is open and long enough."""
         span, self._open = self._open, None
         if span is None:
             return None
-        end = self._now if span.quiet is None else span.quiet
+        end = self.now if span.quiet is None else span.quiet
         if end - span.speech < span.min_speech:
             return None
-        self._given = min(end + self._padding, self._now)
+        self._given = min(end + self._padding, self.now)
         return span.start, self._given
 
     def _cut(self, span: _Open) -> tuple[int, int]:
         """The open span up to the quietest window of its last third; the rest stays open."""
-        first = max(span.speech + 1, self._now - (self._now - span.start) // 3)
+        first = max(span.speech + 1, self.now - (self.now - span.start) // 3)
         smooth = [
             sum(span.levels[i - 1 : i + 2])
             for i in range(first - span.speech, len(span.levels) - 1)
@@ -217,8 +241,7 @@ class _Tracker:
         return span.start, cut
 
 
-def _detector(options: VadOptions) -> Detect:
-    """Windows [n, 512] -> probabilities of speech [n]."""
+def _detector(options: VadOptions) -> Detector:
     path = None if options.detector == "energy" else silero_path()
     if path is not None:
         return Silero(path)
@@ -229,14 +252,13 @@ def _detector(options: VadOptions) -> Detect:
         )
     if options.detector == "auto":
         _say_that_silero_is_absent()
-    least = 10 ** (options.silence_db / 10)
-    return lambda windows: (windows.square().mean(dim=1) >= least).float()
+    return Loudness(options.silence_db)
 
 
 @cache
 def _say_that_silero_is_absent() -> None:
     """Once per process."""
     logger.warning(
-        "silero-vad is not installed: all that is not near silence is taken for speech and cut "
-        "at quiet points; for speech detection: pip install 'offramp[vad]'"
+        "silero-vad is not installed: all that is neither silent nor steady is taken for speech; "
+        "for speech detection: pip install 'offramp[vad]'"
     )

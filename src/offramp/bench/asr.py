@@ -24,9 +24,10 @@ from offramp.bench.wer import character_edits, error_rate, need_jiwer, word_edit
 from offramp.config import check_counts, check_positive
 from offramp.data.manifest import Utterance, read_manifest
 from offramp.data.speech import normalize_text, normalized
-from offramp.decoding.calibration import RULES, Calibration, DevRun, calibrate
+from offramp.decoding.calibration import RULES, Calibration, DevRun, calibrate, says_nothing
 from offramp.decoding.ctc import Hypothesis, text
 from offramp.decoding.early_exit_ctc import EarlyExit, EarlyExitOptions, early_exit
+from offramp.decoding.encoder_cost import tower_macs
 from offramp.decoding.exit_policies import ExitPolicy, FixedExit
 from offramp.errors import DataError, InputError
 from offramp.recognizer import (
@@ -35,11 +36,8 @@ from offramp.recognizer import (
     Decode,
     Recognizer,
     TranscribeOptions,
-    batch_features,
     decoder,
     length_batches,
-    num_inputs,
-    tower_macs,
 )
 from offramp.results import ratio
 
@@ -158,6 +156,13 @@ class CalibrateOptions:
         check_positive(max_wer_increase=self.max_wer_increase, cap=self.cap)
         if self.rule not in POLICIES:
             raise InputError(f"rule is {self.rule!r}; allowed: {', '.join(POLICIES)}")
+        if empty := says_nothing(*self.shares):  # known before anything is decoded
+            raise InputError(empty)
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """(max_wer_increase, cap), 0.005 for half a percent."""
+        return self.max_wer_increase / 100, self.cap / 100
 
 
 @dataclass(frozen=True)
@@ -270,8 +275,7 @@ def calibrate_model(
     errors = [[at_exit[row].errors for at_exit in edits] for row in range(len(texts))]
     words = [len(reference.split()) for reference in references]
     dev = DevRun(exits, scores, errors, words, costs)
-    share, cap = options.max_wer_increase / 100, options.cap / 100
-    found = calibrate(dev, options.rule, share, cap)
+    found = calibrate(dev, options.rule, *options.shares)
     return replace(found, weights=recognizer.weights_sha256())
 
 
@@ -302,14 +306,11 @@ def _batches(
     timed = {(2 * i + 1) * len(plan) // (2 * count) for i in range(count)}
     for number, rows in enumerate(plan):
         samples = {row: read_audio(utterances[row].path) for row in rows}
-        config, features = recognizer.config, recognizer.features
-        long = {row: num_inputs(features, len(samples[row])) for row in rows}
-        rows = [row for row in rows if config.output_frames(long[row])]
+        rows = [row for row in rows if recognizer.reader.num_inputs(len(samples[row]))]
         if rows:
             heard = [samples[row] for row in rows]
             began = time.perf_counter()
-            device = recognizer.encoder.device
-            made, lengths_ = batch_features(heard, features, device)
+            made, lengths_ = recognizer.inputs(heard)
             taken = time.perf_counter() - began
             audio_s = sum(map(len, heard)) / SAMPLE_RATE
             yield _Batch(rows, made, lengths_, audio_s, taken, number in timed)

@@ -50,7 +50,7 @@ SPEECH_SETS = {
 }
 HELD_OUT_SPEAKER = "theo"  # of FSDD: no recording of his is in `train` or `dev`
 
-_DIGITS_IN_STRING = (3, 7)
+DIGITS_IN_STRING = (3, 7)
 _PAUSE_S = (0.04, 0.25)  # between digits; FSDD is trimmed close
 _EDGE_S = (0.1, 0.3)
 _LJSPEECH_DEV_IN = 50  # one utterance in so many
@@ -94,8 +94,12 @@ def normalize_text(text: str) -> str:
             f"the text {_shown(text)} has the letter {foreign!r}, which has no form "
             "in a-z; write it in those, or leave it out"
         )
-    plain = re.sub(r"(?<![a-z])'|'(?![a-z])|[^a-z']", " ", plain)
-    return " ".join(plain.split())
+    return plain_words(plain)
+
+
+def plain_words(text: str) -> str:
+    """The words of `text`, runs of a-z and inner apostrophes, single spaces between them."""
+    return " ".join(re.sub(r"(?<![a-z])'|'(?![a-z])|[^a-z']", " ", text).split())
 
 
 def normalized(utterances: Iterable[Utterance]) -> tuple[list[Utterance], list[Utterance]]:
@@ -233,9 +237,15 @@ class DigitString:
 
 
 def connected_digits(
-    split: str, count: int, seed: int = 0, root: Path | None = None
+    split: str,
+    count: int,
+    seed: int = 0,
+    root: Path | None = None,
+    digits: tuple[int, int] = DIGITS_IN_STRING,
 ) -> list[DigitString]:
-    """`count` random strings of 3 to 7 digits of FSDD: the same for the same (split, seed).
+    """`count` random strings of FSDD's digits: the same for the same arguments.
+
+    digits: how many a string has, at least and at most.
 
     train: the training takes of all speakers but HELD_OUT_SPEAKER; dev: other takes of the same
     speakers; held_out: all takes of HELD_OUT_SPEAKER.
@@ -254,7 +264,7 @@ def connected_digits(
     if not by_speaker:
         raise DataError(f"FSDD has no takes for the split {split}; is it whole?")
     draw = random.Random(f"{split} {seed}")
-    return [_digit_string(draw, by_speaker, split) for _ in range(count)]
+    return [_digit_string(draw, by_speaker, split, digits) for _ in range(count)]
 
 
 def write_digit_strings(strings: Sequence[DigitString], folder: Path) -> Path:
@@ -275,12 +285,15 @@ def write_digit_strings(strings: Sequence[DigitString], folder: Path) -> Path:
 
 
 def _digit_string(
-    draw: random.Random, by_speaker: dict[str, dict[str, list[Path]]], split: str
+    draw: random.Random,
+    by_speaker: dict[str, dict[str, list[Path]]],
+    split: str,
+    digits: tuple[int, int],
 ) -> DigitString:
     speaker = draw.choice(sorted(by_speaker))
-    digits = by_speaker[speaker]
-    words = [draw.choice(sorted(digits)) for _ in range(draw.randint(*_DIGITS_IN_STRING))]
-    takes = tuple(draw.choice(digits[word]) for word in words)
+    takes_of = by_speaker[speaker]
+    words = [draw.choice(sorted(takes_of)) for _ in range(draw.randint(*digits))]
+    takes = tuple(draw.choice(takes_of[word]) for word in words)
     inner = [draw.uniform(*_PAUSE_S) for _ in words[1:]]
     pauses = (draw.uniform(*_EDGE_S), *inner, draw.uniform(*_EDGE_S))
     return DigitString(takes, pauses, speaker, split, " ".join(words))

@@ -36,6 +36,7 @@ from torch import Tensor
 from offramp.audio.io import SAMPLE_RATE
 from offramp.config import check_counts
 from offramp.data import corpora, espeak_child
+from offramp.data.speech import plain_words
 from offramp.errors import ConfigError, DataError, InputError
 
 VOICES = (
@@ -248,10 +249,11 @@ class Sentence:
 def normalize(text: str) -> str:
     """As LibriSpeech writes: lower case a-z and inner apostrophes, single spaces.
 
-    Accents fall off; titles are spelled out ("Mr." -> "mister"); all else becomes a space.
+    Accents fall off; titles are spelled out ("Mr." -> "mister"); all else becomes a space. Not
+    `data.speech.normalize_text`, which also spells out "etc" and "Mr": recipes depend on these
+    texts, and the pieces and checkpoints made from them are there.
     """
-    words = re.findall(r"[a-z']+", _plain(text).lower())
-    return " ".join(w for w in (word.strip("'") for word in words) if w)
+    return plain_words(_plain(text).lower())
 
 
 def _plain(text: str) -> str:

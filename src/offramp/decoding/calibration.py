@@ -92,7 +92,7 @@ class Calibration:
             check_counts(1, exits=layer)
         check_counts(1, utterances=self.utterances)
         check_positive(max_wer_increase=self.max_wer_increase, cap=self.cap)
-        if empty := _says_nothing(self.max_wer_increase, self.cap):
+        if empty := says_nothing(self.max_wer_increase, self.cap):
             raise ConfigError(empty)
         check_range(0, saving=self.saving, mean_exit_layer=self.mean_exit_layer)
         check_range(-math.inf, mean_excess=self.mean_excess)
@@ -169,6 +169,19 @@ def least_utterances(max_wer_increase: float, cap: float) -> int:
     return n
 
 
+def says_nothing(max_wer_increase: float, cap: float) -> str | None:
+    """Why the two shares certify nothing: no loss counts more than the cap, whatever exits do.
+
+    None: they may certify something.
+    """
+    if cap > max_wer_increase:
+        return None
+    return (
+        f"cap is {100 * cap:.4g} % and max_wer_increase {100 * max_wer_increase:.4g} %; a loss "
+        "cut off at the cap never exceeds it, so that would hold for any exits: choose a larger cap"
+    )
+
+
 def calibrate(dev: DevRun, rule: str, max_wer_increase: float, cap: float = 1.0) -> Calibration:
     """The cheapest threshold of `rule` that keeps the expected excess error at most so high.
 
@@ -182,7 +195,7 @@ def calibrate(dev: DevRun, rule: str, max_wer_increase: float, cap: float = 1.0)
     for name, value in (("max_wer_increase", max_wer_increase), ("cap", cap)):
         if not 0.0 < value < math.inf:
             raise InputError(f"{name} is {value}; it must be greater than 0 and finite")
-    if empty := _says_nothing(max_wer_increase, cap):
+    if empty := says_nothing(max_wer_increase, cap):
         raise InputError(empty)
     n = len(dev.words)
     errors, words = np.array(dev.errors, float), np.maximum(dev.words, 1)[:, None]
@@ -213,16 +226,6 @@ def calibrate(dev: DevRun, rule: str, max_wer_increase: float, cap: float = 1.0)
         mean_excess=float(excess[each, taken].mean()),
         saving=max(0.0, float(1.0 - costs[each, taken].sum() / costs[:, -1].sum())),
         mean_exit_layer=float(np.array(dev.exits)[taken].mean()),
-    )
-
-
-def _says_nothing(max_wer_increase: float, cap: float) -> str | None:
-    """Why the two certify nothing: no loss counts more than the cap, whatever the exits do."""
-    if cap > max_wer_increase:
-        return None
-    return (
-        f"cap is {100 * cap:.4g} % and max_wer_increase {100 * max_wer_increase:.4g} %; a loss "
-        "cut off at the cap never exceeds it, so that would hold for any exits: choose a larger cap"
     )
 
 

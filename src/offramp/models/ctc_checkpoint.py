@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from offramp.config import EncoderConfig
 from offramp.errors import CheckpointError, ConfigError
@@ -18,10 +17,9 @@ from offramp.models.ctc import CTCEncoder
 from offramp.models.hub import (
     ENCODER_TYPE,
     check_target,
+    fill,
     read_json,
-    read_tensors,
-    refuse_unexplained,
-    take,
+    stored_tensors,
     write_checkpoint,
 )
 
@@ -48,16 +46,8 @@ def load_encoder(
     """The encoder in `folder`, every tensor checked by name and shape; frozen, in eval mode."""
     with torch.device("meta"):
         model = CTCEncoder(load_encoder_config(folder))
-    stored = dict(read_tensors(folder))
-    state = {}
-    for name, wanted in model.state_dict().items():
-        tensor = take(stored, name, wanted.shape, folder)
-        kind = dtype if wanted.is_floating_point() else wanted.dtype
-        state[name] = tensor.to(device=device, dtype=kind)
-    refuse_unexplained(folder, sorted(stored))
-    model.load_state_dict(state, assign=True)
-    model.requires_grad_(False)
-    return model.eval()
+    fill(model, folder, device, dtype)
+    return model
 
 
 def save_encoder(
@@ -72,9 +62,5 @@ def save_encoder(
     such as the tokenizer's; an existing checkpoint is replaced with all of its files.
     """
     check_target(folder)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        tensors[name] = tensor.detach().to("cpu", kind).contiguous().clone()
     config = {"model_type": ENCODER_TYPE, **asdict(model.config)}
-    write_checkpoint(folder, tensors, config, files or {})
+    write_checkpoint(folder, stored_tensors(model, dtype), config, files or {})

@@ -48,7 +48,7 @@ def is_pretrained(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class PretrainedReader:
-    """What a transformers CTC model reads and writes; without its weights, so that it pickles.
+    """What a transformers CTC model reads (an `audio.reader.Reader`) and writes.
 
     config: of its encoder. pieces: what each token id writes, U+2581 where a word starts, "" for
     the blank and other tokens without text. extractor, tokenizer: transformers' own, as they lie
@@ -62,13 +62,15 @@ class PretrainedReader:
 
     @property
     def frame_s(self) -> float:
-        """Seconds from one frame of the tower to the next."""
         config = self.config
         step = 1 if config.input_size is None else int(self.extractor.hop_length)
         return config.hop * step / SAMPLE_RATE
 
+    @property
+    def first_frame_s(self) -> float:
+        return 0.0
+
     def num_inputs(self, num_samples: int) -> int:
-        """How long so many samples are to the encoder; 0 where they are too few for a frame."""
         config, found = self.config, num_samples
         if config.input_size is not None:
             found = num_samples // int(self.extractor.hop_length)

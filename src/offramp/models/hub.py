@@ -18,19 +18,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.config import DecoderConfig, check_counts, strict
 from offramp.errors import CheckpointError, ConfigError
 from offramp.files import replacing
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_config import eos_ids, from_hf, to_hf
-from offramp.tokenizer import BOS, EOS, PAD, TextTokenizer
+from offramp.tokenizer import BLANK, BOS, EOS, PAD, TextTokenizer
 
 _PACKAGED = Path(__file__).parent.parent / "checkpoints"
-# Decoders and encoders in one dict: what a folder holds is told by its config.json alone.
-SHIPPED = {name: _PACKAGED / name for name in ("lm-tiny", "parse-tiny", "asr-tiny")}
+# Models of all kinds in one dict: what a folder holds is told by its config.json alone.
+SHIPPED = {name: _PACKAGED / name for name in ("lm-tiny", "parse-tiny", "asr-tiny", "stream-tiny")}
 ENCODER_TYPE = "offramp-ctc"  # model_type of what models/ctc_checkpoint.py reads
+TRANSDUCER_TYPE = "offramp-transducer"  # and of what models/transducer_checkpoint.py reads
+_SPEECH = {ENCODER_TYPE: "offramp transcribe", TRANSDUCER_TYPE: "offramp stream"}
 
 # Ours <- theirs: one matrix of ours may be several of theirs, stacked.
 _LAYER_NAMES = {
@@ -88,10 +90,10 @@ def shipped() -> list[str]:
 def load_config(folder: Path) -> DecoderConfig:
     """The tower in `folder`; generation_config.json may name further tokens that end a text."""
     values = read_json(folder / "config.json")
-    if values.get("model_type") == ENCODER_TYPE:
+    if (command := _SPEECH.get(str(values.get("model_type")))) is not None:
         raise CheckpointError(
             f"{folder} holds a speech recogniser, which writes no text by itself; give it to "
-            "offramp transcribe, or choose the folder of a language model"
+            f"{command}, or choose the folder of a language model"
         )
     config = from_hf(values)
     path = folder / "generation_config.json"
@@ -167,6 +169,22 @@ def _lay_out(tensor: Tensor) -> Tensor:
     return tensor.t().contiguous().t() if tall and tensor.device.type == "cpu" else tensor
 
 
+def load_pieces(folder: Path, vocab_size: int, blank_id: int) -> list[str]:
+    """What each token id of the speech model in `folder` writes; "" where it has no piece.
+
+    CheckpointError: its tokenizer is another model's.
+    """
+    tokenizer = TextTokenizer.load(folder / "tokenizer.json")
+    if tokenizer.token_id(BLANK) != blank_id or tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{folder}/tokenizer.json has {tokenizer.vocab_size} pieces, blank "
+            f"{tokenizer.token_id(BLANK)}; config.json says at most {vocab_size}, blank "
+            f"{blank_id}: the files are not of one checkpoint"
+        )
+    pieces = tokenizer.pieces()
+    return pieces + [""] * (vocab_size - len(pieces))
+
+
 def save_decoder(
     model: DecoderLM,
     folder: Path,
@@ -214,6 +232,31 @@ def write_checkpoint(
             (temporary / name).write_text(text, encoding="utf-8")
         # safetensors lets only the owner read, whatever the umask.
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
+
+
+def fill(model: nn.Module, folder: Path, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Give `model`, made on the meta device, the tensors in `folder`; frozen, in eval mode.
+
+    Every one is checked by name and shape. dtype: of those that are not counts.
+    """
+    stored = dict(read_tensors(folder))
+    state = {}
+    for name, wanted in model.state_dict().items():
+        tensor = take(stored, name, wanted.shape, folder)
+        kind = dtype if wanted.is_floating_point() else wanted.dtype
+        state[name] = tensor.to(device=device, dtype=kind)
+    refuse_unexplained(folder, sorted(stored))
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False).eval()
+
+
+def stored_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """What `fill` wants back. dtype: of those that are not counts (default: as they are)."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().to("cpu", kind).contiguous().clone()
+    return tensors
 
 
 def refuse_unexplained(folder: Path, names: Sequence[str]) -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from offramp.audio.features import FeatureConfig, encoder_input
+from offramp.audio.reader import LogMelReader, Reader
 from offramp.models.ctc import CTCEncoder
 from offramp.models.ctc_checkpoint import load_encoder, save_encoder
 from offramp.models.hf_checkpoint import PretrainedSpeech
@@ -25,25 +24,19 @@ from offramp.tokenizer import TextTokenizer
 from offramp.train.ctc import ExitEncoder
 
 
-class Reader(Protocol):
-    """How samples become an encoder's input, and texts its targets."""
+class TrainingReader(Reader, Protocol):
+    """A reader that turns texts into targets too."""
 
-    def inputs(self, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Samples [N_b] each -> padded input [B, ...] and true lengths int64 [B]."""
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each."""
         ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
-class LogMelReader:
-    """Our encoders': normalised log-mel, and the pieces of a tokenizer."""
+class LogMelTrainingReader(LogMelReader):
+    """Our encoders', with the pieces of a tokenizer."""
 
     tokenizer: TextTokenizer
-    features: FeatureConfig
-
-    def inputs(self, samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return encoder_input(samples, self.features)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.encode_batch(texts)
@@ -69,7 +62,7 @@ class Trainee:
     text. save: writes its checkpoint into a folder."""
 
     encoder: ExitEncoder
-    reader: Reader
+    reader: TrainingReader
     weights: str | None
     vocabulary: str
     save: Callable[[Path], None]
@@ -86,7 +79,7 @@ def ours(encoder: CTCEncoder, tokenizer: TextTokenizer, weights: str | None = No
     files = {"tokenizer.json": text}
     save = partial(save_encoder, encoder, dtype=torch.float16, files=files)
     encoder.requires_grad_(True).train()
-    reader = LogMelReader(tokenizer, FeatureConfig(num_mels=encoder.config.num_mels))
+    reader = LogMelTrainingReader(encoder.config, tokenizer)
     return Trainee(encoder, reader, weights, text, save)
 
 

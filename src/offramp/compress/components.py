@@ -1,0 +1,123 @@
+"""What the weights of a transducer take as they really are: packed bytes, and MACs by dtype.
+
+A plain model gives what its shape says; a compressed one the bytes of the file that holds it and
+the products that its own layers compute. Zeros save bytes where their packing does, never MACs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.compress.layers import LowRankLinear, SubsetLinear
+from offramp.compress.method import is_inside
+from offramp.compress.packing import stored_size
+from offramp.compress.quantized import QuantizedLinear
+from offramp.config import Chunking
+from offramp.energy.transducer_components import StoredWeights, call_costs
+from offramp.models.transducer import Transducer
+
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_MODULES = {"joiner": "joiner.tokens", "blank_head": "joiner.blank"}  # others have their own name
+
+
+@torch.no_grad()
+def stored_weights(model: Transducer, chunking: Chunking | None = None) -> dict[str, StoredWeights]:
+    """Of each component by name; see `transducer_components`. Runs every component once."""
+    config, chunking = model.config, chunking or model.config.chunking
+    dtype = _DTYPES.get(model.dtype, "fp32")
+    size, found = stored_size(model), {}
+    for name, cost in call_costs(config, chunking).items():
+        module = _MODULES.get(name, name)
+        stored, row = size.of([module]).nbytes, 0.0
+        read = float(stored)
+        if name == "predictor":
+            table = size.of(["predictor.embedding"]).nbytes
+            rows = config.predictor_context if config.predictor == "stateless" else 1
+            row = rows * table / config.vocab_size
+            read = stored - table + row
+        macs = {dtype: cost.macs}
+        for kind, count in _corrections(model, module, _calls(model, chunking)[name], dtype):
+            macs[kind] = macs.get(kind, 0) + count
+        found[name] = StoredWeights(stored, read, row, {k: n for k, n in macs.items() if n})
+    return found
+
+
+def _calls(model: Transducer, chunking: Chunking) -> dict[str, Callable[[], Any]]:
+    """One call of each component at one position."""
+    config, like = model.config, model.encoder.output_norm.weight
+    features = like.new_zeros(1, chunking.frames * config.time_reduction, config.num_mels)
+    sides = like.new_zeros(1, config.d_joint)
+
+    def encode() -> None:
+        with model.streaming(1, chunking) as state:
+            model.encoder.push(features, state)
+
+    def predict() -> None:
+        tokens = torch.tensor([config.blank_id], device=model.device)
+        model.predictor.step(tokens, model.predictor.initial_state(1))
+
+    return {
+        "encoder": encode,
+        "predictor": predict,
+        "joiner": lambda: model.joiner.tokens(sides),
+        "blank_head": lambda: model.joiner.blank_logit(sides, sides),
+    }
+
+
+def _corrections(
+    model: Transducer, component: str, call: Callable[[], Any], dtype: str
+) -> Iterator[tuple[str, int]]:
+    """By dtype, MACs of a call to take from those by shape, and to add: of each linear layer."""
+    with torch.device("meta"):
+        plain = Transducer(model.config)
+    layers = {
+        name: layer
+        for name, layer in plain.named_modules()
+        if isinstance(layer, nn.Linear) and is_inside(name, [component])
+    }
+    with _rows_seen({name: model.get_submodule(name) for name in layers}) as rows:
+        call()
+    for name, layer in layers.items():
+        yield dtype, -rows[name] * layer.in_features * layer.out_features
+        yield from _macs(model.get_submodule(name), rows[name])
+
+
+@contextmanager
+def _rows_seen(modules: dict[str, nn.Module]) -> Iterator[Counter[str]]:
+    """Counts the rows that go through each of `modules`, by name."""
+    rows: Counter[str] = Counter()
+
+    def watch(name: str) -> Any:
+        def count(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
+            rows[name] += inputs[0].shape[:-1].numel()
+
+        return count
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _macs(module: nn.Module, rows: int) -> Iterator[tuple[str, int]]:
+    """By dtype, what `rows` rows take in a module that stands for a linear layer."""
+    if isinstance(module, SubsetLinear):
+        yield from _macs(module.linear, rows)
+    elif isinstance(module, LowRankLinear):
+        yield from _macs(module.down, rows)
+        yield from _macs(module.up, rows)
+    elif isinstance(module, QuantizedLinear):
+        # Codes of 4 bits are widened: activations have no fewer than 8.
+        dtype = {"int8": "int8", "bfloat16": "bf16"}[module.activations]
+        yield dtype, rows * module.in_features * module.out_features
+    else:
+        assert isinstance(module, nn.Linear), type(module)
+        yield _DTYPES.get(module.weight.dtype, "fp32"), rows * module.weight.numel()

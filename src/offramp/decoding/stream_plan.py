@@ -1,0 +1,143 @@
+"""What a stream of speech is opened with: a model, what its tokens write, and options.
+
+The same plan reads a whole recording at once, which is how a stream is checked: both write the
+same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from offramp.audio.features import FeatureConfig, log_mel
+from offramp.audio.gate import GateOptions, SpeechGate
+from offramp.audio.io import SAMPLE_RATE
+from offramp.config import Chunking, check_positive
+from offramp.decoding.ctc import Hypothesis, text
+from offramp.decoding.endpoint import EndpointOptions, read_utterances
+from offramp.decoding.lm import WordScorer, hotword_spelling
+from offramp.decoding.transducer import TransducerOptions, TransducerSearch
+from offramp.errors import InputError
+from offramp.models.transducer import Transducer
+from offramp.nn.stream_state import StreamState
+
+_NO_ENDPOINTS = EndpointOptions(None, None, None)
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """chunk_ms: audio that is heard at once; None: the model's. beam_size None: greedy search.
+
+    hotwords: phrases to expect. blank_skip: where the blank's own scorer gives it this
+    probability, the labels are not scored (a model with a factorised blank only). endpoint: when
+    an utterance ends; None: with the stream. gate: where the encoder rests; a gate that shuts
+    ends the utterance. None: nowhere.
+    """
+
+    chunk_ms: float | None = None
+    beam_size: int | None = None
+    hotwords: tuple[str, ...] = ()
+    blank_skip: float | None = None
+    endpoint: EndpointOptions | None = field(default_factory=EndpointOptions)
+    gate: GateOptions | None = field(default_factory=GateOptions)
+
+    def __post_init__(self) -> None:
+        if self.chunk_ms is not None:
+            check_positive(chunk_ms=self.chunk_ms)
+        if isinstance(self.hotwords, str) or not all(isinstance(h, str) for h in self.hotwords):
+            raise InputError(
+                f"hotwords are {self.hotwords!r}; give a tuple of phrases, such as ('obeyed',)"
+            )
+        self.search_options()  # its faults show here
+
+    def search_options(self) -> TransducerOptions:
+        return TransducerOptions(beam_size=self.beam_size, blank_skip=self.blank_skip)
+
+
+class StreamPlan:
+    """A model, what each token id of it writes, and what options mean for them.
+
+    frame_s: seconds from one frame of the tower to the next. InputError: options that this model
+    cannot meet.
+    """
+
+    def __init__(self, model: Transducer, pieces: Sequence[str], options: StreamOptions) -> None:
+        config = model.config
+        self.model, self.pieces, self.options = model, tuple(pieces), options
+        self.features = FeatureConfig(num_mels=config.num_mels)
+        self.frame_s = config.time_reduction * self.features.hop / SAMPLE_RATE
+        self.chunking = _chunking(config.chunking, self.frame_s, options.chunk_ms)
+        self.endpoint = options.endpoint or _NO_ENDPOINTS
+        if options.blank_skip is not None and not config.factorised_blank:
+            raise InputError(
+                f"blank_skip is {options.blank_skip}, and this model scores the blank among the "
+                "labels; leave it out, or choose a model with a factorised blank"
+            )
+        self.scorer = None
+        if options.hotwords:
+            spelled = [hotword_spelling(phrase, pieces) for phrase in options.hotwords]
+            self.scorer = WordScorer(pieces, hotwords=spelled)
+        self.search = TransducerSearch(
+            model.predictor, model.joiner, config.blank_id, options.search_options(), self.scorer
+        )
+
+    def gate(self) -> SpeechGate | None:
+        """A new one; None: all passes."""
+        if self.options.gate is None:
+            return None
+        return SpeechGate(self.options.gate, self.features, self.model.config.time_reduction)
+
+    def encoding(self) -> StreamState:
+        """A new one."""
+        model = self.model
+        return StreamState(model.config, self.chunking, 1, model.device, model.dtype)
+
+    def text(self, hypotheses: Sequence[Hypothesis]) -> str:
+        """Of the best one; "" where there is none."""
+        return text(hypotheses[0].tokens, self.pieces) if hypotheses else ""
+
+    @torch.no_grad()
+    def read_whole(self, samples: Tensor) -> str:
+        """The text of samples [N] at 16 kHz, heard at once: what a stream of them writes."""
+        state, found = self.search.start(self.model.device), []
+        for span in self._spans(log_mel(samples, self.features)):
+            features, length = span[None].to(self.model.device), torch.tensor([len(span)])
+            encoded, _ = self.model.encoder(features, length, self.chunking)
+            state, ended = read_utterances(
+                self.search, state, encoded[0], self.frame_s, self.endpoint
+            )
+            found += [self.text(u.hypotheses) for u in ended]
+            found.append(self.text(self.search.best(state)))
+            state = self.search.restart(state)
+        return " ".join(said for said in found if said)
+
+    def _spans(self, features: Tensor) -> Iterator[Tensor]:
+        """What the gate lets through each time that it opens, [T, F]."""
+        gate, span = self.gate(), list[Tensor]()
+        if not len(features):
+            return  # to split nothing would give a block of nothing
+        for block in torch.split(features, self.model.config.time_reduction):
+            passed = block if gate is None else gate.push(block)
+            if passed is not None:
+                span.append(passed)
+            elif span:
+                yield torch.cat(span)
+                span = []
+        if span:
+            yield torch.cat(span)
+
+
+def _chunking(chunking: Chunking, frame_s: float, chunk_ms: float | None) -> Chunking:
+    if chunk_ms is None:
+        return chunking
+    frame_ms = 1000 * frame_s
+    frames = round(chunk_ms / frame_ms)
+    if frames < 1 or abs(frames * frame_ms - chunk_ms) > 1e-6:
+        raise InputError(
+            f"chunk_ms is {chunk_ms:g}; this model hears whole frames of {frame_ms:g} ms: give a "
+            f"multiple, such as {max(1, frames) * frame_ms:g}"
+        )
+    return replace(chunking, chunk=frames)

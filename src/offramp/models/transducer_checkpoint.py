@@ -1,0 +1,66 @@
+"""Transducers in and out: a folder with config.json, model.safetensors and what belongs to them.
+
+Tokenizer and feature settings are further files of the folder; the caller writes and reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from offramp.config import TransducerConfig
+from offramp.errors import CheckpointError, ConfigError
+from offramp.models.hub import (
+    TRANSDUCER_TYPE,
+    check_target,
+    fill,
+    read_json,
+    stored_tensors,
+    write_checkpoint,
+)
+from offramp.models.transducer import Transducer
+
+
+def load_transducer_config(folder: Path) -> TransducerConfig:
+    """The model that `folder`/config.json describes; CheckpointError: it describes none."""
+    path = folder / "config.json"
+    values = read_json(path)
+    kind = values.pop("model_type", None)
+    if kind != TRANSDUCER_TYPE:
+        raise CheckpointError(
+            f"{path} describes a model of type {kind!r}, not {TRANSDUCER_TYPE!r}; "
+            "choose the folder of a transducer, such as a streaming recipe writes"
+        )
+    try:
+        return TransducerConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}; fetch the checkpoint anew") from error
+
+
+def load_transducer(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transducer:
+    """The model in `folder`, every tensor checked by name and shape; frozen, in eval mode."""
+    with torch.device("meta"):
+        model = Transducer(load_transducer_config(folder))
+    fill(model, folder, device, dtype)
+    return model
+
+
+def save_transducer(
+    model: Transducer,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder that `load_transducer` reads; whole or not at all.
+
+    dtype: of the stored weights (default: as they are). files: name -> text of further files,
+    such as the tokenizer's; an existing checkpoint is replaced with all of its files.
+    """
+    check_target(folder)
+    config = {"model_type": TRANSDUCER_TYPE, **asdict(model.config)}
+    write_checkpoint(folder, stored_tensors(model, dtype), config, files or {})

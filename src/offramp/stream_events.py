@@ -1,0 +1,80 @@
+"""What a stream of speech gives back as it comes, as frozen dataclasses. Standard library only.
+
+Times are seconds from the start of the audio. `latency_ms` is what a listener waits: the audio
+that had to come in after what the event is about had been said, and the time that the computing
+of its chunk took. It takes for granted that the machine keeps up with the audio.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from offramp.results import Word
+
+
+@dataclass(frozen=True)
+class _Said:
+    """text is never empty. confidence: the geometric mean of its words'. latency_ms: after
+    `end_s`, that is of the newest word."""
+
+    text: str
+    words: tuple[Word, ...]
+    confidence: float
+    start_s: float
+    end_s: float
+    latency_ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"event": type(self).__name__.lower()} | asdict(self)
+
+
+class Partial(_Said):
+    """The utterance so far; all of its words may still change."""
+
+
+class Final(_Said):
+    """An utterance that is over: its words will not change."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """After a `Final`: the utterance ended at `at_s`, and the stream goes on.
+
+    rule: `silence`, `trailing_silence` or `length` (see decoding/endpoint.py).
+    """
+
+    rule: str
+    at_s: float
+    latency_ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"event": "endpoint"} | asdict(self)
+
+
+Event = Partial | Final | Endpoint
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of the partial texts of a stream, in ms: the first, the median and the 90th percentile.
+
+    None where there was no partial text.
+    """
+
+    first_partial_ms: float | None
+    median_ms: float | None
+    p90_ms: float | None
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> Self:
+        found = [event.latency_ms for event in events if isinstance(event, Partial)]
+        if not found:
+            return cls(None, None, None)
+        p90 = sorted(found)[math.ceil(0.9 * len(found)) - 1]
+        return cls(found[0], statistics.median(found), p90)

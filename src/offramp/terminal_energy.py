@@ -1,0 +1,131 @@
+"""What the command line shows of streams and their energy: text as it comes, tables, bars."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.bar import Bar
+from rich.table import Table
+
+from offramp import terminal
+from offramp.results import ratio
+from offramp.stream_events import Endpoint, Event, Final, Latency, Partial
+
+if TYPE_CHECKING:
+    from offramp.bench.stream_profile import StreamProfile
+    from offramp.decoding.speech_stream import Stream
+    from offramp.energy.modelled import ModelledEnergy
+
+_BAR_WIDTH = 16
+
+
+def show_stream(stream: Stream, events: Iterator[Event], json: bool) -> None:
+    """Every event as it comes, then what the stream took; so too where it breaks off."""
+    shown: list[Event] = []
+    try:
+        for event in events:
+            shown.append(event)
+            terminal.print_json(event.to_dict()) if json else _show_event(event)
+    finally:
+        if stream.audio_s:
+            (_json_summary if json else _summary)(stream, shown)
+
+
+def _json_summary(stream: Stream, shown: Sequence[Event]) -> None:
+    latency, trace = asdict(Latency.of(shown)), asdict(stream.trace)
+    figures = {"audio_s": stream.audio_s, "seconds": stream.seconds, "rtf": _rtf(stream)}
+    terminal.print_json({"event": "done", **figures, "latency_ms": latency, "trace": trace})
+
+
+def _summary(stream: Stream, shown: Sequence[Event]) -> None:
+    count = sum(isinstance(event, Final) for event in shown)
+    said = f"{count} utterance{'' if count == 1 else 's'} in {stream.audio_s:.2f} s"
+    rtf = terminal.number(_rtf(stream), 3)
+    terminal.err.print(f"{said}; {_latency(Latency.of(shown))}; RTF {rtf}")
+
+
+def _rtf(stream: Stream) -> float | None:
+    return ratio(stream.seconds, stream.audio_s)
+
+
+def _show_event(event: Event) -> None:
+    """A line each; on a terminal a partial text makes place for the next one."""
+    if isinstance(event, Endpoint):
+        return  # the next text begins a line in any case
+    live = sys.stdout.isatty()
+    kind = "partial" if isinstance(event, Partial) else "final"
+    line = f"{kind:7} {event.start_s:7.2f} {event.end_s:7.2f}  {event.text}"
+    if not live:
+        print(line, flush=True)
+    elif isinstance(event, Final):
+        print(f"\r\x1b[K{line}", flush=True)
+    else:
+        width = terminal.out.width - 1
+        shown = line if len(line) <= width else f"{line[:26]}...{event.text[29 - width :]}"
+        print(f"\r\x1b[K{shown}", end="", flush=True)
+
+
+def _latency(latency: Latency) -> str:
+    if latency.first_partial_ms is None:
+        return "no text"
+    return (
+        f"latency of the first text {latency.first_partial_ms:.0f} ms, median "
+        f"{latency.median_ms:.0f} ms, 90 % within {latency.p90_ms:.0f} ms"
+    )
+
+
+def show_profile(report: StreamProfile) -> None:
+    """What ran, then the modelled energy on each hardware profile, then the sensor's word."""
+    trace = report.trace
+    terminal.table(
+        f"{report.model} on {report.source}: {trace.audio_s:.1f} s, of which "
+        f"{trace.vad_active_s:.1f} s went through the encoder in chunks of {report.chunk_ms:g} ms",
+        ("per second of audio", "calls", "weights read, kB", "caches, kB", "MMAC"),
+        [
+            [
+                c.name,
+                terminal.number(c.calls_per_s, 1),
+                terminal.number(c.weight_bytes_per_s / 1e3, 1),
+                terminal.number(c.cache_bytes_per_s / 1e3, 1),
+                terminal.number(c.macs_per_s / 1e6, 2),
+            ]
+            for c in report.energies[0].components
+        ],
+    )
+    for energy in report.energies:
+        _show_energy(energy)
+    if report.measured is None:
+        terminal.out.print(f"Not measured: {report.not_measured}.")
+    else:
+        joules = report.measured.joules / trace.audio_s
+        terminal.out.print(f"{joules:.3g} J per second of audio ({report.measured.label})")
+    rtf = terminal.number(report.rtf, 3)
+    terminal.out.print(f"Processing: RTF {rtf}; {_latency(report.latency)}.")
+
+
+def _show_energy(energy: ModelledEnergy) -> None:
+    """A row and a bar per component."""
+    made = Table(title=energy.label, title_justify="left", title_style="bold")
+    made.add_column(energy.profile.name)
+    for column in ("mJ per s", "%"):
+        made.add_column(column, justify="right")
+    made.add_column("", width=_BAR_WIDTH)
+    made.add_column("stored in")
+    rows = {c.name: c.mj_per_audio_s for c in energy.components}
+    if energy.profile.idle_mw is not None:
+        rows["idle"] = energy.idle_mj_per_audio_s
+    for name, mj in rows.items():
+        share = energy.share_percent.get(name, 0.0)
+        bar = Bar(100, 0, share, width=_BAR_WIDTH)
+        made.add_row(name, f"{mj:.3g}", f"{share:.1f}", bar, _tiers(energy, name))
+    made.add_row("all", f"{energy.mj_per_audio_s:.3g}", "", "", "")
+    terminal.out.print(made)
+
+
+def _tiers(energy: ModelledEnergy, name: str) -> str:
+    """Part by part, such as `weights dram, cache local`."""
+    parts = ((*key.split(".", 1), tier) for key, tier in energy.placement.items())
+    return ", ".join(f"{part} {tier}" for component, part, tier in parts if component == name)

@@ -1,0 +1,85 @@
+"""What a model's weights take, plain and compressed: bytes as stored, MACs as computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from offramp.compress.components import stored_weights
+from offramp.compress.feed_forward import FeedForwardPruning
+from offramp.compress.low_rank import LowRank
+from offramp.compress.magnitude import MagnitudePruning
+from offramp.compress.packing import stored_size
+from offramp.compress.quantize import WeightQuantization
+from offramp.compress.rows import RowPruning
+from offramp.config import Chunking
+from offramp.energy.transducer_components import plain_weights, transducer_components
+from toy_transducer import CHUNKINGS, VARIANTS, transducer
+
+pytestmark = pytest.mark.slow  # the default suite is to stay short
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("chunking", ["default", "memory", "frame by frame"])
+def test_of_a_plain_model_it_is_what_the_shape_says(changes: Any, chunking: str) -> None:
+    """But for the statistics of the features, which are stored beside the weights."""
+    model, how = transducer(**changes), CHUNKINGS[chunking]
+    found, expected = stored_weights(model, how), plain_weights(model.config, how)
+    statistics = 2 * 4 * model.config.num_mels
+    assert list(found) == list(expected)
+    for name, held in found.items():
+        more = statistics if name == "encoder" else 0
+        assert held.stored_bytes == expected[name].stored_bytes + more
+        assert held.read_bytes == expected[name].read_bytes + more
+        assert held.row_bytes == expected[name].row_bytes
+        assert held.macs == expected[name].macs
+    assert transducer_components(model.config, found, chunking=how)
+
+
+def test_codes_are_bytes_and_their_products_int8() -> None:
+    model = transducer(factorised_blank=True)
+    small = WeightQuantization(8, "int8").apply(model)
+    found, before = stored_weights(small), stored_weights(model)
+    joiner, J, V = found["joiner"], 20, 10
+    assert joiner.stored_bytes == joiner.read_bytes == J * V + 4 * V + 4 * V  # codes, scale, bias
+    assert joiner.macs == {"int8": J * V}
+    assert found["blank_head"].macs == {"int8": J}
+    chunk = model.config.chunking
+    keys = chunk.left_context + chunk.frames
+    attention = model.config.num_layers * 2 * chunk.frames * keys * 16  # stays as it was
+    assert found["encoder"].macs["fp32"] == attention
+    for name, held in found.items():
+        assert sum(held.macs.values()) == sum(before[name].macs.values())
+    row = 12 + 4  # codes and a scale
+    assert found["predictor"].row_bytes == row
+    stored = stored_size(small).of(["predictor"]).nbytes
+    assert found["predictor"].stored_bytes == stored
+    assert found["predictor"].read_bytes == stored - 11 * row + row
+
+
+def test_activations_decide_the_products_dtype() -> None:
+    found = stored_weights(WeightQuantization(4).apply(transducer()))
+    assert found["joiner"].macs == {"bf16": 220}
+    assert found["joiner"].stored_bytes == 220 // 2 + 4 * 11 + 4 * 11
+
+
+def test_what_is_really_smaller_computes_less_and_zeros_do_not() -> None:
+    model = transducer()
+    before = stored_weights(model)["encoder"]
+    rows = sum(model.config.num_layers * [model.config.chunking.frames])
+    narrow = stored_weights(FeedForwardPruning(0.5).apply(model, ["encoder"]))["encoder"]
+    assert before.macs["fp32"] - narrow.macs["fp32"] == rows * 2 * 16 * 12
+    thin = stored_weights(LowRank(0.5).apply(model, ["joiner"]))["joiner"]
+    assert thin.macs == {"fp32": 3 * (20 + 11)}
+    short = stored_weights(RowPruning(0.5).apply(model, ["joiner"]))["joiner"]
+    assert short.macs == {"fp32": 20 * 5} or short.macs == {"fp32": 20 * 6}
+    zeros = stored_weights(MagnitudePruning(0.5).apply(model, ["encoder"]))["encoder"]
+    assert zeros.macs == before.macs
+    assert zeros.stored_bytes < before.stored_bytes
+
+
+def test_it_leaves_no_hooks() -> None:
+    model = transducer()
+    stored_weights(model, Chunking(2, 1))
+    assert not any(module._forward_hooks for module in model.modules())

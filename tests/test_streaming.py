@@ -1,0 +1,185 @@
+"""A streaming recogniser: what its streams count, which folders it is loaded from, its options."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+from torch import nn
+
+import toy_streaming
+from offramp import api
+from offramp.compress.checkpoint import save_compressed
+from offramp.compress.quantize import WeightQuantization
+from offramp.decoding.stream_plan import StreamOptions
+from offramp.errors import CheckpointError
+from offramp.models.transducer_checkpoint import save_transducer
+from offramp.stream_events import Final
+from offramp.streaming import StreamingRecognizer
+from toy_encoder import encoder as toy_ctc
+from toy_streaming import GATE, OPTIONS, RATE, SPARSE, SPOKEN, finals, recognizer, timeless
+
+
+@pytest.fixture(scope="module")
+def toy() -> StreamingRecognizer:
+    """Its frames last 40 ms."""
+    return recognizer(factorised_blank=True, time_reduction=4)
+
+
+# -- the trace ------------------------------------------------------------------------------------
+
+
+class Witness:
+    """Counts by hooks and wrappers what the parts of a model are asked."""
+
+    def __init__(self, toy: StreamingRecognizer) -> None:
+        model = toy.model
+        self.chunks = self.rows = self.steps = self.stepped = 0
+        self.joins: list[int] = []
+        self.blanks: list[int] = []
+        self.kept = 0
+        self._hooks = [
+            model.encoder.layers[0].register_forward_hook(self._layer),
+            model.predictor.output_norm.register_forward_hook(self._step),
+            model.joiner.tokens.register_forward_hook(self._join),
+        ]
+        if model.joiner.blank is not None:
+            self._hooks.append(model.joiner.blank.register_forward_hook(self._blank))
+
+    def _layer(self, _: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+        h, cache = inputs[0], inputs[3]
+        self.chunks += h.shape[1]
+        self.rows += h.shape[1] * h.shape[2]
+        self.kept += cache.keys.nbytes + cache.values.nbytes + cache.frames.nbytes
+
+    def _step(self, _: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+        self.steps += 1
+        self.stepped += inputs[0].shape[:-1].numel()
+
+    def _join(self, _: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+        self.joins.append(len(inputs[0]))
+
+    def _blank(self, _: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+        self.blanks.append(len(inputs[0]))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kernel_size", [0, 4])
+def test_the_trace_is_what_hooks_count(options: StreamOptions, kernel_size: int) -> None:
+    toy = recognizer(factorised_blank=True, time_reduction=4, kernel_size=kernel_size)
+    witness, stream = Witness(toy), toy.open(options)
+    events = list(stream.read(SPARSE.split(1600)))
+    witness.remove()
+    trace, layers = stream.trace, toy.config.num_layers
+    assert trace.audio_s == len(SPARSE) / RATE
+    assert trace.enc_chunks == witness.chunks
+    # Each chunk computes 3 rows of its own and 1 of right context; the last may be cut short.
+    assert witness.rows == 4 * witness.chunks and trace.right_ctx_frames == witness.chunks
+    assert 3 * witness.chunks - 3 * 3 < trace.enc_frames <= 3 * witness.chunks
+    assert trace.kv_bytes_read == layers * witness.kept
+    written = 2 * min(3, 4) + min(3, max(0, kernel_size - 1))  # rows of D float32
+    assert trace.kv_bytes_written == layers * witness.chunks * written * 16 * 4
+    assert (trace.predictor_calls, trace.predictor_positions) == (witness.steps, witness.stepped)
+    assert (trace.joiner_calls, trace.joiner_positions) == (
+        len(witness.joins),
+        sum(witness.joins),
+    )
+    if options.blank_skip is None:
+        assert trace.joiner_blank_only == 0 and witness.blanks == witness.joins
+    else:
+        # Asked first, for every frame; and once more inside each call of the joiner.
+        both = trace.joiner_blank_only + 2 * trace.joiner_calls
+        assert trace.joiner_blank_only > 0 and len(witness.blanks) == both
+    assert trace.joiner_calls + trace.joiner_blank_only == trace.enc_frames
+    if options.beam_size is None:
+        said = sum(len(e.text.replace(" ", "")) for e in events if isinstance(e, Final))
+        assert trace.tokens == trace.predictor_calls - 1 and 0 < trace.tokens <= said
+    silent = options.gate == GATE
+    assert (trace.vad_active_s < 2.0) == silent
+    assert all(count >= 0 for count in astuple(trace))
+
+
+def test_no_predictor_call_is_repeated_at_chunk_edges(toy: StreamingRecognizer) -> None:
+    counts = set()
+    for chunk_ms in (40, 120, 200):
+        stream = toy.open(StreamOptions(chunk_ms=chunk_ms, endpoint=None))
+        list(stream.read([SPOKEN]))
+        counts.add(stream.trace.predictor_calls - stream.trace.tokens)
+        stream.trace.rates(blank_head=True)
+    assert counts == {1}
+
+
+# -- models and options ---------------------------------------------------------------------------
+
+
+def test_a_folder_is_loaded_plain_or_compressed(tmp_path: Path) -> None:
+    folder = toy_streaming.save(tmp_path / "m", factorised_blank=True)
+    toy = StreamingRecognizer.load(folder)
+    expected = list(toy.stream([SPOKEN]))
+    assert timeless(list(api.stream(write(tmp_path), model=folder))) == timeless(expected)
+    small = WeightQuantization(8, "int8").apply(toy.model)
+    files = {"tokenizer.json": toy_streaming.tokenizer().to_json()}
+    save_compressed(small, tmp_path / "small", files)
+    eco = StreamingRecognizer.load(tmp_path / "small")
+    assert eco.pieces == toy.pieces
+    assert finals(list(eco.stream(SPOKEN.split(999)))) == eco.transcribe(SPOKEN) != ""
+
+
+def write(folder: Path) -> Path:
+    soundfile.write(folder / "a.wav", SPOKEN.numpy(), RATE, subtype="FLOAT")
+    return folder / "a.wav"
+
+
+def test_what_is_no_streaming_recogniser_is_refused(tmp_path: Path) -> None:
+    folder = toy_streaming.save(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is missing"):
+        StreamingRecognizer.load(folder)
+    other = toy_streaming.tokenizer().to_json()
+    save_transducer(toy_streaming.model(blank_id=4), folder, files={"tokenizer.json": other})
+    with pytest.raises(CheckpointError, match=r"pieces, blank 0; config.json says at most 11, bl"):
+        StreamingRecognizer.load(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="of type 'llama', not 'offramp-transducer'"):
+        StreamingRecognizer.load(folder)
+    save_compressed(toy_ctc(), tmp_path / "ctc")
+    with pytest.raises(CheckpointError, match="holds a compressed CTCEncoder, which does not st"):
+        StreamingRecognizer.load(tmp_path / "ctc")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"chunk_ms": 50.0}, "chunk_ms is 50; this model hears whole frames of 20 ms: give a mul"),
+        ({"chunk_ms": 1.0}, "a multiple, such as 20"),
+        ({"blank_skip": 0.5}, "blank_skip is 0.5, and this model scores the blank among the lab"),
+        ({"hotwords": ("xylophone",)}, "hotword 'xylophone' cannot be recognised"),
+        ({"hotwords": "do"}, "hotwords are 'do'; give a tuple of phrases"),
+        ({"beam_size": 0}, "beam_size is 0"),
+        ({"chunk_ms": 0}, "chunk_ms is 0"),
+        ({"blank_skip": 1.5}, "blank_skip is 1.5; it must be greater than 0 and at most 1"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_met_are_refused(options: dict[str, Any], says: str) -> None:
+    toy = recognizer()
+    with pytest.raises(Exception, match=says) as caught:
+        toy.open(StreamOptions(**options))
+    assert type(caught.value).__module__ == "offramp.errors" and "\n" not in str(caught.value)
+
+
+def test_hotwords_are_heard(toy: StreamingRecognizer) -> None:
+    plain, hot = (
+        finals(list(toy.stream([SPOKEN], StreamOptions(hotwords=words))))
+        for words in ((), ("mi mi",))
+    )
+    assert hot.count("mi") > plain.count("mi")
