@@ -37,7 +37,7 @@ from offramp.decoding.exit_policies import (
     FrameEntropy,
 )
 from offramp.decoding.lm import LanguageModel, WordScorer, WordScorerOptions, hotword_spelling
-from offramp.errors import CheckpointError, ConfigError, InputError
+from offramp.errors import ConfigError, InputError
 from offramp.models import hub
 from offramp.models.ctc import CTCEncoder
 from offramp.models.ctc_checkpoint import load_encoder
@@ -45,7 +45,6 @@ from offramp.models.hf_checkpoint import EXITS, PretrainedSpeech, is_pretrained
 from offramp.models.hf_ctc import PretrainedConfig, PretrainedCTCEncoder
 from offramp.nn.device import choose_device
 from offramp.results import ExitText, Transcript, TranscriptSegment, Word
-from offramp.tokenizer import BLANK, TextTokenizer
 
 CALIBRATION = "calibration.json"  # in the checkpoint folder; `offramp calibrate` writes it
 POLICIES: dict[str, Callable[[float], ExitPolicy]] = {
@@ -194,16 +193,8 @@ class Recognizer:
             speech.encoder.requires_grad_(False)
             return cls(speech.encoder, speech.reader.pieces, folder, speech.reader)
         encoder = load_encoder(folder, choose_device(device))
-        tokenizer = TextTokenizer.load(folder / "tokenizer.json")
-        size, blank = encoder.config.vocab_size, encoder.config.blank_id
-        if tokenizer.token_id(BLANK) != blank or tokenizer.vocab_size > size:
-            raise CheckpointError(
-                f"{folder}/tokenizer.json has {tokenizer.vocab_size} pieces, blank "
-                f"{tokenizer.token_id(BLANK)}; config.json says at most {size}, blank {blank}: "
-                "the files are not of one checkpoint"
-            )
-        pieces = tokenizer.pieces()
-        return cls(encoder, pieces + [""] * (size - len(pieces)), folder)
+        config = encoder.config
+        return cls(encoder, hub.load_pieces(folder, config.vocab_size, config.blank_id), folder)
 
     @property
     def config(self) -> EncoderConfig | PretrainedConfig:

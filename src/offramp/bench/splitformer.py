@@ -205,6 +205,7 @@ class _TestSet:
             for i in range(0, len(strings), _BATCH_STRINGS)
         ]
         self.texts: dict[_Key, list[str]] = {}
+        self._edits: dict[_Key, list[Edits]] = {}
         self.frames: list[int] = []
         self.audio_s = self.features_s = 0.0
         self._augmentation = augmentation
@@ -240,8 +241,11 @@ class _TestSet:
                 self.texts.setdefault((arm, seed, exit_layer), []).extend(texts)
 
     def edits(self, arm: str, seed: int, exit_layer: int) -> list[Edits]:
-        """Per string."""
-        return word_edits(self.references, self.texts[arm, seed, exit_layer])
+        """Per string; aligned once, though the table and every comparison ask."""
+        key = (arm, seed, exit_layer)
+        if key not in self._edits:
+            self._edits[key] = word_edits(self.references, self.texts[key])
+        return self._edits[key]
 
 
 @torch.inference_mode()

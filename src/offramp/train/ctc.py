@@ -261,7 +261,7 @@ class CTCTask:
         weights, views = self._weights(step), self.training.num_views
         log_probs, lengths = self._forward(batch, list(weights), step, shard)
         said = [*batch.targets] * views
-        kept = _feasible(lengths, said)
+        kept = feasible(lengths, said)
         infeasible = (len(said) - len(kept)) // views  # all views of an utterance are as long
         if infeasible:
             self._warn(step, infeasible)
@@ -317,7 +317,7 @@ class CTCTask:
             survivors = draw_survivors(L, rows, cfg.p_max, time, self.seed, step)
         bf16 = cfg.autocast == "bf16"
         autocast = torch.autocast(device.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16)
-        with _seeded(device, self.seed, step, shard) as generator, autocast:
+        with seeded(device, self.seed, step, shard) as generator, autocast:
             features, lengths = cfg.views(batch, generator)
             features, lengths = features.to(device), lengths.to(device)
             return forward_exits(self._encoder, features, lengths, exits, survivors)
@@ -350,7 +350,7 @@ class CTCTask:
         try:
             for batch in self.dev:
                 log_probs, lengths = self._read(batch)
-                kept = _feasible(lengths, batch.targets)
+                kept = feasible(lengths, batch.targets)
                 texts = [batch.targets[row] for row in kept]
                 infeasible += len(batch.targets) - len(kept)
                 scored += sum(map(len, texts))
@@ -389,14 +389,14 @@ class CTCTask:
         return sum(edit_distance(hypothesis.tokens, text) for hypothesis, text in pairs)
 
 
-def _feasible(lengths: Tensor, targets: Sequence[Sequence[int]]) -> list[int]:
+def feasible(lengths: Tensor, targets: Sequence[Sequence[int]]) -> list[int]:
     """The rows whose text fits into their frames."""
     rows = zip(lengths.tolist(), targets, strict=True)
     return [row for row, (frames, text) in enumerate(rows) if frames >= frames_needed(text)]
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int, step: int, shard: int) -> Iterator[torch.Generator]:
+def seeded(device: torch.device, seed: int, step: int, shard: int) -> Iterator[torch.Generator]:
     """Dropout inside is a function of (seed, step, shard); also a CPU generator for the rest."""
     own, dropout = np.random.SeedSequence((seed, step, shard)).generate_state(2).tolist()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -25,7 +25,7 @@ from offramp.errors import ConfigError, DataError
 from offramp.models.transducer import Transducer
 from offramp.tokenizer import TextTokenizer
 from offramp.train.augment import SpecAugment
-from offramp.train.ctc import SpeechBatch, SpeechBatches, _feasible, _seeded, ctc_nll
+from offramp.train.ctc import SpeechBatch, SpeechBatches, ctc_nll, feasible, seeded
 from offramp.train.transducer_loss import (
     Lattice,
     label_after,
@@ -152,7 +152,7 @@ class _Heard:
 
     @classmethod
     def of(cls, encoded: Tensor, frames: Tensor, targets: Sequence[Sequence[int]]) -> _Heard:
-        kept = _feasible(frames, targets)
+        kept = feasible(frames, targets)
         infeasible = len(targets) - len(kept)
         if infeasible:
             encoded, frames = encoded[kept], frames[kept]
@@ -222,7 +222,7 @@ class TransducerTask:
         """
         batch = self.batches.batch(step, shard, num_shards)
         weights, device = self.training.weights(step), self._transducer.device
-        with _seeded(device, self.seed, step, shard) as generator, self._autocast():
+        with seeded(device, self.seed, step, shard) as generator, self._autocast():
             heard = _Heard.of(*self._encode(batch, step, generator), batch.targets)
             if not heard.targets:
                 raise DataError(
