@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import toy_batches
 import toy_encoder
 from offramp.decoding.exit_policies import edit_distance
 from offramp.errors import ConfigError, DataError
@@ -33,6 +34,7 @@ from offramp.train.ctc import (
 )
 from offramp.train.loop import Evaluated, StepDone, TrainConfig, train
 from offramp.train.schedules import ExitCurriculum
+from toy_batches import Batches, Fixed
 
 STEPS = 6
 EVERYTHING = CTCTraining(
@@ -45,36 +47,19 @@ EVERYTHING = CTCTraining(
 )
 
 
-def speech(seed: int, lengths: tuple[int, ...] = (61, 40, 52, 47)) -> SpeechBatch:
-    """Random features, three tokens each."""
-    x, n = toy_encoder.features(list(lengths), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 11, (len(lengths), 3), generator=generator)
-    return SpeechBatch(x, n, ids.tolist(), sum(lengths) / 100)
+LENGTHS = (61, 40, 52, 47)
+VOCAB_SIZE = 11
+BATCHES = Batches(LENGTHS, VOCAB_SIZE)
 
 
-class Batches:
-    """A pure function of the step; rows go to the shards in turns."""
-
-    def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
-        whole = speech(1000 + step)
-        mine = slice(shard, None, num_shards)
-        x, n, targets = whole.features[mine], whole.lengths[mine], whole.targets[mine]
-        return SpeechBatch(x, n, targets, float(n.sum()) / 100, total_targets=12)
-
-
-class Fixed:
-    def __init__(self, batch: SpeechBatch) -> None:
-        self._batch = batch
-
-    def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
-        return self._batch
+def speech(seed: int, lengths: tuple[int, ...] = LENGTHS) -> SpeechBatch:
+    return toy_batches.speech(seed, lengths, VOCAB_SIZE)
 
 
 def task(training: CTCTraining | None = None, seed: int = 0, **options: Any) -> CTCTask:
     changes = {**toy_encoder.OURS, **options.pop("changes", {})}
     model = toy_encoder.encoder(seed, **changes).requires_grad_(True).train()
-    batches = options.pop("batches", Batches())
+    batches = options.pop("batches", BATCHES)
     return CTCTask(model, batches, training or CTCTraining(), STEPS, seed=5, **options)
 
 
@@ -184,7 +169,7 @@ def plain_loss(model: CTCEncoder, batch: SpeechBatch, distill: float = 0.0) -> T
 def test_a_step_adds_the_gradient_of_the_mean_loss_per_token(distill: float) -> None:
     it = task(CTCTraining(distill=distill))
     sums = it.backward(3, 0, 1)
-    ours, batch = gradient(it), Batches().batch(3, 0, 1)
+    ours, batch = gradient(it), BATCHES.batch(3, 0, 1)
     assert isinstance(it.model, CTCEncoder)
     (plain_loss(it.model, batch, distill) / 12).backward()
     torch.testing.assert_close(ours, gradient(it), rtol=1e-3, atol=1e-6)
@@ -231,7 +216,7 @@ def test_two_views_are_drawn_together_at_every_exit(distill: float) -> None:
     augment = SpecAugment(1, 3, 2, 0.2)
     it = task(CTCTraining(distill=distill, consistency=0.7, augment=augment))
     sums = it.backward(3, 0, 1)
-    found, batch = gradient(it), Batches().batch(3, 0, 1)
+    found, batch = gradient(it), BATCHES.batch(3, 0, 1)
     (two_view_loss(it, batch, 3, distill) / 12).backward()
     torch.testing.assert_close(found, gradient(it), rtol=1e-3, atol=1e-6)
     assert (sums["targets"], sums["tokens"], sums["audio_s"]) == (12, 200, 2.0), "counted once"
@@ -320,7 +305,7 @@ def test_autocast_changes_gradients_by_rounding_only() -> None:
 @pytest.mark.parametrize("changes", toy_encoder.VARIANTS.values(), ids=toy_encoder.VARIANTS)
 def test_every_model_trains_with_everything_on(changes: dict[str, Any]) -> None:
     model = toy_encoder.encoder(**changes, dropout=0.1).requires_grad_(True).train()
-    it = CTCTask(model, Batches(), EVERYTHING, STEPS, seed=5)
+    it = CTCTask(model, BATCHES, EVERYTHING, STEPS, seed=5)
     for step in (0, 1):
         it.backward(step, 0, 1)
         assert gradient(it).isfinite().all()
@@ -401,7 +386,7 @@ class Mortal(CTCTask):
 
 def run(out: Path, changes: dict[str, Any], dies_at: int | None = None) -> tuple[Any, list[Any]]:
     model = toy_encoder.encoder(**changes, dropout=0.1).requires_grad_(True).train()
-    it = Mortal(model, Batches(), EVERYTHING, STEPS, seed=5, dev=[speech(0)])
+    it = Mortal(model, BATCHES, EVERYTHING, STEPS, seed=5, dev=[speech(0)])
     it.dies_at = dies_at
     every = {"checkpoint_every": 2, "evaluate_every": 3}
     config = TrainConfig(STEPS, lr=1e-2, warmup_steps=2, num_shards=2, **every)
@@ -522,4 +507,4 @@ def test_layer_dropout_needs_an_encoder_that_has_it() -> None:
         def logits(self, state: Any, exit_layer: int) -> Tensor: ...
 
     with pytest.raises(ConfigError, match=r"p_max is 0\.5; Other has no layer dropout, use 0"):
-        CTCTask(Other(1, 1), Batches(), EVERYTHING, STEPS, seed=0)
+        CTCTask(Other(1, 1), BATCHES, EVERYTHING, STEPS, seed=0)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import toy_encoder
+import toy_batches
 import toy_speech
 import toy_transducer
 from offramp.audio.features import FeatureConfig
@@ -33,6 +33,7 @@ from offramp.train.transducer import (
     measure_features,
 )
 from offramp.train.transducer_loss import Lattice, transducer_loss
+from toy_batches import Batches, Fixed
 
 STEPS = 6
 EVERYTHING = TransducerTraining(
@@ -44,30 +45,13 @@ EVERYTHING = TransducerTraining(
 )
 
 
-def speech(seed: int, lengths: tuple[int, ...] = (31, 20, 26, 23)) -> SpeechBatch:
-    """Random features, three tokens each."""
-    x, n = toy_encoder.features(list(lengths), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 10, (len(lengths), 3), generator=generator)
-    return SpeechBatch(x, n, ids.tolist(), sum(lengths) / 100)
+LENGTHS = (31, 20, 26, 23)
+VOCAB_SIZE = 10
+BATCHES = Batches(LENGTHS, VOCAB_SIZE)
 
 
-class Batches:
-    """A pure function of the step; rows go to the shards in turns."""
-
-    def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
-        whole = speech(1000 + step)
-        mine = slice(shard, None, num_shards)
-        x, n, targets = whole.features[mine], whole.lengths[mine], whole.targets[mine]
-        return SpeechBatch(x, n, targets, float(n.sum()) / 100, total_targets=12)
-
-
-class Fixed:
-    def __init__(self, batch: SpeechBatch) -> None:
-        self._batch = batch
-
-    def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
-        return self._batch
+def speech(seed: int, lengths: tuple[int, ...] = LENGTHS) -> SpeechBatch:
+    return toy_batches.speech(seed, lengths, VOCAB_SIZE)
 
 
 def transducer(**changes: Any) -> Transducer:
@@ -77,7 +61,7 @@ def transducer(**changes: Any) -> Transducer:
 
 def task(training: TransducerTraining | None = None, **options: Any) -> TransducerTask:
     model = transducer(**options.pop("changes", {}))
-    batches = options.pop("batches", Batches())
+    batches = options.pop("batches", BATCHES)
     return TransducerTask(model, batches, training or TransducerTraining(), seed=5, **options)
 
 
@@ -129,7 +113,7 @@ def test_a_step_adds_the_gradient_of_the_mean_loss_per_token(changes: dict[str, 
     it = task(TransducerTraining(window=0, ctc=0.4), changes=changes)
     sums = it.backward(3, 0, 1)
     ours, model = gradient(it), it.model["transducer"]
-    alone = by_utterance(model, Batches().batch(3, 0, 1))
+    alone = by_utterance(model, BATCHES.batch(3, 0, 1))
     nll, ctc = (sum(part) for part in zip(*alone, strict=True))
     ((nll + 0.4 * ctc) / 12).backward()
     torch.testing.assert_close(ours, gradient(it), rtol=1e-3, atol=1e-6)
@@ -280,7 +264,7 @@ def test_autocast_changes_gradients_by_rounding_only() -> None:
 def test_every_model_trains_with_everything_on(changes: dict[str, Any]) -> None:
     model = toy_transducer.transducer(**changes, dropout=0.1).requires_grad_(True).train()
     training = dataclasses.replace(EVERYTHING, ctc=0.3 if changes.get("ctc_head") else 0.0)
-    for batch_of in (Batches(), Fixed(speech(1))):
+    for batch_of in (BATCHES, Fixed(speech(1))):
         it = TransducerTask(model, batch_of, training, seed=5)
         it.backward(0, 0, 1)
         assert gradient(it, "").isfinite().all()
@@ -350,7 +334,7 @@ def test_training_learns_to_write_three_texts() -> None:
 
 def test_features_are_measured_over_the_true_frames_of_the_first_batches() -> None:
     model = toy_transducer.transducer()
-    measure_features(model, Batches(), 2)
+    measure_features(model, BATCHES, 2)
     frames = torch.cat([speech(1000 + step).features.flatten(0, 1) for step in range(2)])
     frames = frames[~frames.isnan().any(-1)]
     norm = model.encoder.feature_norm
@@ -415,7 +399,7 @@ class Mortal(TransducerTask):
 
 
 def run(out: Path, dies_at: int | None = None) -> tuple[Any, list[Any]]:
-    it = Mortal(transducer(dropout=0.1), Batches(), EVERYTHING, seed=5, dev=[speech(0)])
+    it = Mortal(transducer(dropout=0.1), BATCHES, EVERYTHING, seed=5, dev=[speech(0)])
     it.dies_at = dies_at
     every = {"checkpoint_every": 2, "evaluate_every": 3}
     config = TrainConfig(STEPS, lr=1e-2, warmup_steps=2, num_shards=2, **every)

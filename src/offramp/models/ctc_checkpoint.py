@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 
 from offramp.config import EncoderConfig
-from offramp.errors import CheckpointError, ConfigError
 from offramp.models.ctc import CTCEncoder
 from offramp.models.hub import (
     ENCODER_TYPE,
     check_target,
+    described,
     fill,
-    read_json,
     stored_tensors,
     write_checkpoint,
 )
@@ -26,18 +25,8 @@ from offramp.models.hub import (
 
 def load_encoder_config(folder: Path) -> EncoderConfig:
     """The encoder that `folder`/config.json describes; CheckpointError: it describes none."""
-    path = folder / "config.json"
-    values = read_json(path)
-    kind = values.pop("model_type", None)
-    if kind != ENCODER_TYPE:
-        raise CheckpointError(
-            f"{path} describes a model of type {kind!r}, not {ENCODER_TYPE!r}; "
-            "choose the folder of a CTC encoder, such as a speech recipe writes"
-        )
-    try:
-        return EncoderConfig.from_dict(values)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}; fetch the checkpoint anew") from error
+    wanted = "the folder of a CTC encoder, such as a speech recipe writes"
+    return described(folder, ENCODER_TYPE, EncoderConfig.from_dict, wanted)
 
 
 def load_encoder(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,8 @@ from offramp.files import replacing
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_config import eos_ids, from_hf, to_hf
 from offramp.tokenizer import BLANK, BOS, EOS, PAD, TextTokenizer
+
+_Config = TypeVar("_Config")
 
 _PACKAGED = Path(__file__).parent.parent / "checkpoints"
 # Models of all kinds in one dict: what a folder holds is told by its config.json alone.
@@ -232,6 +234,26 @@ def write_checkpoint(
             (temporary / name).write_text(text, encoding="utf-8")
         # safetensors lets only the owner read, whatever the umask.
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
+
+
+def described(
+    folder: Path, kind: str, parse: Callable[[Mapping[str, Any]], _Config], wanted: str
+) -> _Config:
+    """What `folder`/config.json describes, if it is a model of type `kind`.
+
+    wanted: which folder to choose instead, for the CheckpointError where it is not.
+    """
+    path = folder / "config.json"
+    values = read_json(path)
+    found = values.pop("model_type", None)
+    if found != kind:
+        raise CheckpointError(
+            f"{path} describes a model of type {found!r}, not {kind!r}; choose {wanted}"
+        )
+    try:
+        return parse(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}; fetch the checkpoint anew") from error
 
 
 def fill(model: nn.Module, folder: Path, device: torch.device | str, dtype: torch.dtype) -> None:

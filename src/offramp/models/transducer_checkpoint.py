@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 
 from offramp.config import TransducerConfig
-from offramp.errors import CheckpointError, ConfigError
 from offramp.models.hub import (
     TRANSDUCER_TYPE,
     check_target,
+    described,
     fill,
-    read_json,
     stored_tensors,
     write_checkpoint,
 )
@@ -26,18 +25,8 @@ from offramp.models.transducer import Transducer
 
 def load_transducer_config(folder: Path) -> TransducerConfig:
     """The model that `folder`/config.json describes; CheckpointError: it describes none."""
-    path = folder / "config.json"
-    values = read_json(path)
-    kind = values.pop("model_type", None)
-    if kind != TRANSDUCER_TYPE:
-        raise CheckpointError(
-            f"{path} describes a model of type {kind!r}, not {TRANSDUCER_TYPE!r}; "
-            "choose the folder of a transducer, such as a streaming recipe writes"
-        )
-    try:
-        return TransducerConfig.from_dict(values)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}; fetch the checkpoint anew") from error
+    wanted = "the folder of a transducer, such as a streaming recipe writes"
+    return described(folder, TRANSDUCER_TYPE, TransducerConfig.from_dict, wanted)
 
 
 def load_transducer(
