@@ -16,7 +16,7 @@ from offramp.train.speech import SpeechRecipe
 
 recipe = SpeechRecipe(
     name="splitformer-synthetic",
-    # The edges of the features were not padded yet when asr-tiny was trained.
+    # The edges of the features were padded from the third stage on.
     encoder=replace(
         improved(
             EncoderConfig(

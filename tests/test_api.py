@@ -9,6 +9,9 @@ import pytest
 
 import offramp
 from offramp import DraftOptions, InputError, Sampling, Stop
+from offramp.compress.checkpoint import companions, save_compressed
+from offramp.compress.feed_forward import FeedForwardPruning
+from offramp.compress.quantize import WeightQuantization
 from offramp.decoding.drafts import AdaptiveExitDraft, EarlyExitDraft, NoDraft, Proposal
 from offramp.models.hub import DraftDefaults
 
@@ -36,6 +39,25 @@ def test_draft_model_by_folder(model, checkpoint):
     made = model.generate(PROMPTS[0], draft=options, stop=Stop(12))
     assert made.tokens == model.generate(PROMPTS[0], draft=PLAIN, stop=Stop(12)).tokens
     assert made.stats.acceptance_rate == 1.0
+
+
+def test_a_compressed_checkpoint_serves_like_any_other(model, checkpoint, tmp_path):
+    small = WeightQuantization(8).apply(FeedForwardPruning(0.2).apply(model.tower))
+    defaults = {"offramp.json": '{"exit_layer": 2, "num_draft_tokens": 3}'}
+    save_compressed(small, tmp_path / "small", companions(checkpoint) | defaults)
+    eco = offramp.load(tmp_path / "small")
+    assert eco.defaults == DraftDefaults(2, 3)
+    assert isinstance(eco.make_draft(DraftOptions())[0], EarlyExitDraft)
+    stop = Stop(max_tokens=16)
+    plain = eco.generate(PROMPTS, draft=PLAIN, stop=stop)
+    drafting = DraftOptions("model", model=str(tmp_path / "small"))
+    for draft in (DraftOptions(), DraftOptions("adaptive"), drafting):
+        made = eco.generate(PROMPTS, draft=draft, stop=stop)
+        assert [g.tokens for g in made] == [g.tokens for g in plain]
+    early = eco.generate(PROMPTS[0], early_exit=5, stop=stop)
+    assert early.text == plain[0].text
+    with pytest.raises(InputError, match=r"is quantised: it computes in torch.float32"):
+        offramp.load(tmp_path / "small", dtype="bfloat16")
 
 
 def test_stream_is_generate_piece_by_piece(model):

@@ -40,6 +40,9 @@ def test_settings_survive_json(changes: dict[str, Any]) -> None:
         ({"num_heads": 16, "positions": "rotary"}, "d_model 16 is not a multiple of 32: num_he"),
         ({"predictor": "stateless", "d_predictor": 6}, "d_predictor is 6; .* a multiple of 4"),
         ({"chunking": 4}, "chunking is 4; it must be a Chunking"),
+        ({"blank_skip": 0.9}, "blank_skip is 0.9; it must be .* needs factorised_blank"),
+        ({"blank_skip": 1.1, "factorised_blank": True}, "blank_skip is 1.1; it must be at most 1"),
+        ({"blank_skip": 0, "factorised_blank": True}, "blank_skip is 0; it must be a number gre"),
     ],
     ids=str,
 )

@@ -21,6 +21,8 @@ from offramp import recognizer as module
 from offramp.audio.features import FeatureConfig, log_mel_batch, normalize
 from offramp.audio.io import SAMPLE_RATE
 from offramp.audio.vad import VadOptions
+from offramp.compress.checkpoint import companions, save_compressed
+from offramp.compress.quantize import WeightQuantization
 from offramp.decoding.beam import BeamOptions, beam_search
 from offramp.decoding.calibration import Calibration
 from offramp.decoding.ctc import text
@@ -38,6 +40,7 @@ from offramp.errors import (
 from offramp.models import hub
 from offramp.models.ctc_checkpoint import save_encoder
 from offramp.recognizer import Recognizer, TranscribeOptions, length_batches
+from offramp.streaming import StreamingRecognizer
 from offramp.tokenizer import train_ctc_bpe
 from toy_encoder import OURS, encoder
 from toy_speech import CONFIG, EDGE_S, PAUSE_S, TONE_S, random_texts, speak, write
@@ -98,6 +101,20 @@ def test_what_is_said_is_written_at_its_time(toy: Recognizer, exit_layer: int | 
             tone = EDGE_S + nth * (TONE_S + PAUSE_S)
             assert tone - 0.1 <= word.start_s <= word.end_s <= tone + TONE_S + PAUSE_S
             assert 0.5 < word.confidence <= 1.0
+
+
+def test_a_compressed_recogniser_serves_like_any_other(
+    toy: Recognizer, recogniser_folder: Path, tmp_path: Path
+) -> None:
+    small = WeightQuantization(8, "int8").apply(toy.encoder)
+    save_compressed(small, tmp_path / "small", companions(recogniser_folder))
+    eco = Recognizer.load(tmp_path / "small")
+    assert eco.pieces == toy.pieces and eco.weights_sha256() != toy.weights_sha256()
+    (said,) = random_texts(1, seed=99, longest=4)
+    for options in (GREEDY, replace(GREEDY, exit_layer=1), replace(GREEDY, beam_size=4)):
+        assert eco.transcribe(wav(speak(said)), options).text == said
+    with pytest.raises(CheckpointError, match="a compressed CTCEncoder, not a Transducer; give it"):
+        StreamingRecognizer.load(tmp_path / "small")
 
 
 def test_segments_come_in_order_with_times_of_the_recording(toy: Recognizer) -> None:
@@ -356,7 +373,7 @@ def test_measured_costs_rise_with_depth_and_length(random_one: Recognizer) -> No
         ({"exit_policy": Confidence(), "max_wer_increase": 1.0}, "cannot be calibrated"),
         ({"calibration": Path("c.json")}, "give exit_policy or max_wer_increase"),
         ({"lm_weight": 0.5}, "lm_weight needs the lm"),
-        ({"exit_policy": "patience"}, "allowed: entropy, confidence, agreement"),
+        ({"exit_policy": "patience"}, "allowed: confidence, entropy, agreement"),
         ({"exit_policy": "entropy", "threshold": float("nan")}, "threshold is nan"),
         ({"exit_layer": 4}, "exits at 1, 2, 3"),
         ({"hotwords": ("x-ray",)}, "hotword 'x-ray' cannot be recognised"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from offramp.compress.quantize import WeightQuantization
 from offramp.decoding.stream_plan import StreamOptions
 from offramp.errors import CheckpointError
 from offramp.models.transducer_checkpoint import save_transducer
-from offramp.stream_events import Final
+from offramp.stream_events import Event, Final
 from offramp.streaming import StreamingRecognizer
 from toy_encoder import encoder as toy_ctc
 from toy_streaming import GATE, OPTIONS, RATE, SPARSE, SPOKEN, finals, recognizer, timeless
@@ -133,6 +133,28 @@ def test_a_folder_is_loaded_plain_or_compressed(tmp_path: Path) -> None:
     assert finals(list(eco.stream(SPOKEN.split(999)))) == eco.transcribe(SPOKEN) != ""
 
 
+def test_a_checkpoint_says_how_its_streams_run_and_options_say_otherwise(tmp_path: Path) -> None:
+    made = toy_streaming.model(factorised_blank=True)
+    chunking = replace(made.config.chunking, chunk=5)
+    made.config = replace(made.config, chunking=chunking, blank_skip=0.25)
+    files = {"tokenizer.json": toy_streaming.tokenizer().to_json()}
+    save_compressed(made, tmp_path / "m", files)
+    loaded = StreamingRecognizer.load(tmp_path / "m")
+    assert loaded.config == loaded.model.encoder.config == made.config
+    plain = StreamingRecognizer(toy_streaming.model(factorised_blank=True), loaded.pieces)
+
+    def run(toy: StreamingRecognizer, **options: Any) -> tuple[list[Event], int, int]:
+        stream = toy.open(StreamOptions(endpoint=None, gate=None, **options))
+        events = timeless(list(stream.read([SPOKEN[:8000]])))
+        return events, stream.trace.joiner_blank_only, stream.trace.enc_chunks
+
+    skipping, never = run(loaded), run(loaded, blank_skip=1.0)
+    assert skipping == run(plain, blank_skip=0.25, chunk_ms=100.0)
+    assert run(loaded, chunk_ms=60.0) == run(plain, blank_skip=0.25)
+    assert never == run(plain, chunk_ms=100.0)
+    assert skipping[1] > never[1] == 0
+
+
 def write(folder: Path) -> Path:
     soundfile.write(folder / "a.wav", SPOKEN.numpy(), RATE, subtype="FLOAT")
     return folder / "a.wav"
@@ -152,7 +174,7 @@ def test_what_is_no_streaming_recogniser_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="of type 'llama', not 'offramp-transducer'"):
         StreamingRecognizer.load(folder)
     save_compressed(toy_ctc(), tmp_path / "ctc")
-    with pytest.raises(CheckpointError, match="holds a compressed CTCEncoder, which does not st"):
+    with pytest.raises(CheckpointError, match="a compressed CTCEncoder, not a Transducer; give"):
         StreamingRecognizer.load(tmp_path / "ctc")
 
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 import toy_speech
 from offramp import terminal
-from offramp.transcript_output import files_progress, known_seconds
+from offramp.errors import InputError
+from offramp.transcript_output import TranscriptOutput, files_progress, known_seconds
 
 
 def capture(monkeypatch, name: str = "out", colours: bool = False) -> io.StringIO:
@@ -45,3 +46,11 @@ def test_looking_at_a_pipe_takes_nothing_from_it():
         assert os.read(reading, 9) == b"sound"
     finally:
         os.close(reading)
+
+
+def test_a_folder_that_is_called_like_a_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"one\.srt is to be a folder, and is called like a file"):
+        TranscriptOutput(["a.wav"], "srt", tmp_path / "one.srt")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old.srt").mkdir()
+    TranscriptOutput(["a.wav"], "srt", tmp_path / "old.srt")

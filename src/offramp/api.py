@@ -24,6 +24,7 @@ import torch
 
 from offramp.audio.io import Source
 from offramp.audio.live import open_source
+from offramp.compress.checkpoint import load_model
 from offramp.config import DecoderConfig
 from offramp.decoding.drafts import (
     AdaptiveExitDraft,
@@ -42,6 +43,7 @@ from offramp.decoding.stream_plan import StreamOptions
 from offramp.energy.trace import Trace
 from offramp.errors import InputError
 from offramp.models import hub
+from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.device import choose_device
 from offramp.nn.tower import Tower, TracedTower, TruncatedTower
 from offramp.recognizer import Recognizer, TranscribeOptions
@@ -101,16 +103,16 @@ class DraftOptions:
 def load(
     model: str | Path, *, device: str = "cpu", dtype: str = "float32", tokenizer: bool = True
 ) -> Model:
-    """A checkpoint as a model: the name of one that ships, a folder, or a hub id.
+    """A checkpoint, compressed or not, as a model: one that ships by name, a folder, or a hub id.
 
-    dtype: `float32`, `bfloat16` or `float16`, of weights and computation. tokenizer=False loads
-    a folder without one; prompts are then lists of token ids and there is no text. Raises
-    CheckpointError or ConfigError for what cannot be loaded.
+    dtype: `float32`, `bfloat16` or `float16`, of weights and computation; the first alone for
+    quantised weights. tokenizer=False loads a folder without one; prompts are then lists of token
+    ids and there is no text. Raises CheckpointError or ConfigError for what cannot be loaded.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     folder = hub.resolve(str(model))
-    tower = hub.load_decoder(folder, choose_device(device), DTYPES[dtype])
+    tower = load_model(DecoderLM, folder, choose_device(device), DTYPES[dtype])
     text = TextTokenizer.load(folder / "tokenizer.json") if tokenizer else None
     return Model(tower, text, hub.load_defaults(folder))
 
@@ -240,7 +242,7 @@ class Model:
         """The draft model `name`, loaded once."""
         if name not in self._draft_towers:
             folder = hub.resolve(name)
-            loaded = hub.load_decoder(folder, self.tower.device, self.tower.dtype)
+            loaded = load_model(DecoderLM, folder, self.tower.device, self.tower.dtype)
             self._draft_towers[name] = loaded
         return self._draft_towers[name]
 

@@ -246,6 +246,63 @@ def profile(
 
 
 @app.command
+def compress(
+    *,
+    model: ModelName = "stream-tiny",
+    data: Path,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    max_wer_increase: float | None = None,
+    energy_budget_mj: float | None = None,
+    plan: Path | None = None,
+    hardware: str = "edge45,mobile-low,mobile-high,mcu",
+    chunk_ms: tuple[float, ...] = (),
+    recipe: Path | None = None,
+    finetune_steps: int = 0,
+    curve_steps: int = 0,
+    split: str | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
+    threads: Threads = None,
+    plot: Annotated[Path | None, Parameter(help="Also draw a figure here (.png).")] = None,
+) -> None:
+    """Make a streaming recogniser smaller where that saves most energy. Goes on where it stopped.
+
+    Parameters
+    ----------
+    data: Manifest (.tsv or .jsonl) of speech like what is to be recognised.
+    out: Folder to write: the model, its plan and what was measured.
+    max_wer_increase: Percent, over the model as it is; as little energy as that allows.
+    energy_budget_mj: Per second of audio, on every profile; as little WER as that allows.
+    plan: Carry out this plan (plan.json of an earlier run) instead of searching one.
+    hardware: Profiles, with commas between: edge45, mobile-low, mobile-high, mcu, or .toml files.
+    chunk_ms: Choose from these (may be given several times); default: the model's own.
+    recipe: Fine-tune with the data of this recipe file.
+    finetune_steps: So long, after pruning.
+    curve_steps: And so long for each point of the sensitivity curves; that takes days.
+    split: Take this split only.
+    limit: Take so many utterances at most.
+    """
+    from offramp import plots, terminal, terminal_energy
+    from offramp.bench.asr import AsrData
+    from offramp.bench.compress import CompressOptions, run
+    from offramp.compress.planner import Budget
+
+    terminal.check_writable(plot)
+    plots.check_plots(plot)
+    _set_threads(threads)
+    share = None if max_wer_increase is None else max_wer_increase / 100
+    given = (share, energy_budget_mj) != (None, None)
+    budget = Budget(share, energy_budget_mj) if given or plan is None else None
+    tuning = (recipe, finetune_steps, curve_steps)
+    options = CompressOptions(budget, plan, tuple(hardware.split(",")), chunk_ms, *tuning)
+    with terminal.progress(f"compressing {model}") as tell:
+        report = run(model, AsrData(data, split, limit), out, options, tell, device)
+    terminal_energy.show_compression(report)
+    if plot is not None and report.front:
+        plots.plot_front(report.front, report.baselines, plot)
+
+
+@app.command
 def calibrate(
     *,
     model: ModelName = "asr-tiny",

@@ -283,7 +283,9 @@ class TransducerConfig:
     predictor: `lstm` (`predictor_layers` layers, each with layer norm) or `stateless` (reads the
     last `predictor_context` tokens). d_predictor, d_joint: widths of the predictor, and of what
     encoder and predictor hand to the joiner. factorised_blank: the blank has its own scorer (HAT,
-    arXiv 2003.07705). ctc_head: a second head, on the encoder alone, to help training.
+    arXiv 2003.07705). blank_skip: labels are not scored where that scorer gives the blank this
+    probability, unless a stream asks otherwise; None: they always are. ctc_head: a second head, on
+    the encoder alone, to help training.
     """
 
     d_model: int
@@ -302,6 +304,7 @@ class TransducerConfig:
     positions: str = "none"
     kernel_size: int = 0
     factorised_blank: bool = False
+    blank_skip: float | None = None
     ctc_head: bool = False
     blank_id: int = 0
     dropout: float = 0.0
@@ -322,6 +325,13 @@ class TransducerConfig:
         )
         if not isinstance(self.chunking, Chunking):
             raise ConfigError(f"chunking is {self.chunking!r}; it must be a Chunking")
+        if self.blank_skip is not None:
+            check_positive(blank_skip=self.blank_skip)
+            if not self.factorised_blank or self.blank_skip > 1:
+                raise ConfigError(
+                    f"blank_skip is {self.blank_skip}; it must be at most 1, and needs "
+                    "factorised_blank"
+                )
         self._check_shapes()
 
     def _check_shapes(self) -> None:

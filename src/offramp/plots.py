@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offramp.energy.modelled import ModelledEnergy
 from offramp.errors import InputError
 from offramp.files import replacing
+
+if TYPE_CHECKING:
+    from offramp.compress.plan import CompressionPlan
 
 
 def check_plots(path: Path | None) -> None:
@@ -33,6 +36,30 @@ def plot_energy(energies: Sequence[ModelledEnergy], path: Path) -> None:
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_ylabel("mJ per second of audio")
     axes.set_title("Modelled energy by component; not measured")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def plot_front(
+    front: Sequence[CompressionPlan], others: Mapping[str, CompressionPlan], path: Path
+) -> None:
+    """Predicted WER against modelled energy: a line of the best plans for each hardware profile,
+    and a mark for each of `others` by name."""
+    figure = _figure()
+    axes = figure.subplots()
+    for profile in front[0].modelled_mj_per_audio_s:
+        points = [(100 * p.wer_increase, p.modelled_mj_per_audio_s[profile]) for p in front]
+        (line,) = axes.plot(*zip(*points, strict=True), marker=".", label=profile)
+        for mark, plan in zip("sxD^v", others.values(), strict=False):
+            mj = plan.modelled_mj_per_audio_s[profile]
+            axes.plot(100 * plan.wer_increase, mj, mark, color=line.get_color(), fillstyle="none")
+    for mark, name in zip("sxD^v", others, strict=False):
+        axes.plot([], [], mark, color="grey", fillstyle="none", label=name.replace("_", " "))
+    axes.set_xlabel("WER increase, predicted, points")
+    axes.set_ylabel("mJ per second of audio")
+    axes.set_yscale("log")
+    axes.set_title("WER against modelled energy; not measured")
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -20,6 +20,7 @@ from torch import Tensor
 from offramp.audio.io import SAMPLE_RATE, Source, stream_audio
 from offramp.audio.reader import LogMelReader, Reader
 from offramp.audio.vad import Segment, VadOptions, find_speech
+from offramp.compress.checkpoint import load_model
 from offramp.config import EncoderConfig, check_counts, check_positive
 from offramp.data.batching import pack
 from offramp.decoding.beam import BeamOptions, beam_search
@@ -27,31 +28,17 @@ from offramp.decoding.calibration import Calibration
 from offramp.decoding.ctc import Hypothesis, geometric_mean, text, words
 from offramp.decoding.early_exit_ctc import EarlyExit, EarlyExitOptions, early_exit, stopwatch
 from offramp.decoding.encoder_cost import measured_cost, tower_cost, tower_macs
-from offramp.decoding.exit_policies import (
-    Agreement,
-    AnyOf,
-    Budget,
-    Confidence,
-    ExitPolicy,
-    FixedExit,
-    FrameEntropy,
-)
+from offramp.decoding.exit_policies import RULES, AnyOf, Budget, ExitPolicy, FixedExit
 from offramp.decoding.lm import LanguageModel, WordScorer, WordScorerOptions, hotword_spelling
 from offramp.errors import ConfigError, InputError
 from offramp.models import hub
 from offramp.models.ctc import CTCEncoder
-from offramp.models.ctc_checkpoint import load_encoder
 from offramp.models.hf_checkpoint import EXITS, PretrainedSpeech, is_pretrained
 from offramp.models.hf_ctc import PretrainedConfig, PretrainedCTCEncoder
 from offramp.nn.device import choose_device
 from offramp.results import ExitText, Transcript, TranscriptSegment, Word
 
 CALIBRATION = "calibration.json"  # in the checkpoint folder; `offramp calibrate` writes it
-POLICIES: dict[str, Callable[[float], ExitPolicy]] = {
-    "entropy": FrameEntropy,
-    "confidence": Confidence,
-    "agreement": Agreement,
-}
 Decode = Callable[[Tensor], Hypothesis]  # [T, V] without padding -> its text
 _BATCH_SAMPLES = 40 * SAMPLE_RATE  # of a batch, padding included
 
@@ -95,23 +82,27 @@ class TranscribeOptions:
         for name in ("beam_size", "exit_layer"):
             if getattr(self, name) is not None:
                 check_counts(1, **{name: getattr(self, name)})
+        self._check_types()
         for name in ("max_wer_increase", "budget_ms", "budget_macs"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
-        self._check_types()
         self._refuse_contradictions()
         self._refuse_what_was_not_certified()
 
     def _check_types(self) -> None:
         policy, hotwords = self.exit_policy, self.hotwords
+        for name in ("threshold", "max_wer_increase", "budget_ms", "budget_macs"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int | float):
+                raise InputError(f"{name} is {value!r}; it must be a number")
         if isinstance(policy, str):
-            known = policy in POLICIES
+            known = policy in RULES
         else:
             methods = ("tested", "decide")
             known = policy is None or all(callable(getattr(policy, m, None)) for m in methods)
         if not known:
             raise InputError(
-                f"exit_policy is {policy!r}; allowed: {', '.join(POLICIES)}, or an ExitPolicy with "
+                f"exit_policy is {policy!r}; allowed: {', '.join(RULES)}, or an ExitPolicy with "
                 "tested and decide; to leave at one exit always, give an exit_layer"
             )
         if isinstance(hotwords, str) or not all(isinstance(phrase, str) for phrase in hotwords):
@@ -132,7 +123,7 @@ class TranscribeOptions:
         if self.threshold is not None:
             if not isinstance(self.exit_policy, str):
                 raise InputError(
-                    "a threshold needs the exit_policy that it is for: " + ", ".join(POLICIES)
+                    "a threshold needs the exit_policy that it is for: " + ", ".join(RULES)
                 )
             if self.max_wer_increase is not None or self.calibration is not None:
                 raise InputError(
@@ -186,13 +177,16 @@ class Recognizer:
 
     @classmethod
     def load(cls, model: str | Path = "asr-tiny", *, device: str = "cpu") -> Recognizer:
-        """A shipped name, a folder or a hub id; CheckpointError: no recogniser is there."""
+        """A shipped name, a folder or a hub id, compressed or not.
+
+        CheckpointError: no recogniser is there.
+        """
         folder = hub.resolve(str(model))
         if is_pretrained(folder):
             speech = PretrainedSpeech.load(folder, device=choose_device(device))
             speech.encoder.requires_grad_(False)
             return cls(speech.encoder, speech.reader.pieces, folder, speech.reader)
-        encoder = load_encoder(folder, choose_device(device))
+        encoder = load_model(CTCEncoder, folder, choose_device(device))
         config = encoder.config
         return cls(encoder, hub.load_pieces(folder, config.vocab_size, config.blank_id), folder)
 
@@ -407,7 +401,7 @@ def length_batches(frames: Sequence[int], batch_frames: int) -> list[list[int]]:
 def _policy(recognizer: Recognizer, options: TranscribeOptions) -> ExitPolicy:
     policies: list[ExitPolicy] = []
     if isinstance(options.exit_policy, str) and options.threshold is not None:
-        policies.append(POLICIES[options.exit_policy](options.threshold))
+        policies.append(RULES[options.exit_policy](options.threshold))
     elif isinstance(options.exit_policy, str) or options.max_wer_increase is not None:
         found = recognizer.calibration(options)
         policies.append(found.policy(recognizer.config.exits))

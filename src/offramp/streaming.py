@@ -10,14 +10,13 @@ from safetensors.torch import load as tensors_of
 from torch import Tensor
 
 from offramp.audio.io import SAMPLE_RATE
-from offramp.compress.checkpoint import COMPRESSED_TYPE, load_compressed
+from offramp.compress.checkpoint import load_model
 from offramp.config import TransducerConfig
 from offramp.decoding.speech_stream import Block, Stream
 from offramp.decoding.stream_plan import StreamOptions, StreamPlan
-from offramp.errors import CheckpointError, InputError
+from offramp.errors import InputError
 from offramp.models import hub
 from offramp.models.transducer import Transducer
-from offramp.models.transducer_checkpoint import load_transducer
 from offramp.nn.device import choose_device
 from offramp.stream_events import Event
 
@@ -35,16 +34,7 @@ class StreamingRecognizer:
         CheckpointError: no streaming recogniser is there.
         """
         folder = hub.resolve(str(model))
-        where = choose_device(device)
-        if hub.read_json(folder / "config.json").get("model_type") == COMPRESSED_TYPE:
-            loaded = load_compressed(folder, where)
-            if not isinstance(loaded, Transducer):
-                raise CheckpointError(
-                    f"{folder} holds a compressed {type(loaded).__name__}, which does not stream "
-                    "speech; choose the folder of a transducer"
-                )
-        else:
-            loaded = load_transducer(folder, where)
+        loaded = load_model(Transducer, folder, choose_device(device))
         config = loaded.config
         return cls(loaded, hub.load_pieces(folder, config.vocab_size, config.blank_id))
 

@@ -243,25 +243,26 @@ def show_asr(report: AsrReport) -> None:
             shown = _setting(name, made.threshold, digits=4)
             settings.append(f"{name} {shown}" + (" (calibrated)" if made.calibrated else ""))
         low, high = (None, None) if made.wer_ci95 is None else made.wer_ci95
-        gmacs = None if made.macs_per_audio_s is None else made.macs_per_audio_s / 1e9
+        mmacs = None if made.macs_per_audio_s is None else made.macs_per_audio_s / 1e6
         rows.append(
             [
                 name,
                 _percent(made.wer),
-                f"{_percent(low)} to {_percent(high)}",
+                f"{_percent(low)}-{_percent(high)}",
                 _percent(made.cer),
                 number(made.mean_exit_layer, 1),
-                number(gmacs, 3),
+                number(mmacs, 1),
                 number(made.rtf, 4),
             ]
         )
-    columns = ("", "WER, %", "95 % interval", "CER, %", "exit layer", "GMAC per s", "RTF")
-    size = f"{report.utterances:,} utterances, {report.words:,} words"
+    columns = ("", "WER, %", "95 %", "CER, %", "exit", "MMAC/s", "RTF")
+    size = f"{_count(report.utterances, 'utterance')}, {_count(report.words, 'word')}"
     table(f"{report.model} on {report.data}: {size}", columns, rows)
     if settings:
         out.print("; ".join(settings))
     if report.left_out:
-        err.print(f"{report.left_out} utterances left out: their text has no single reading")
+        left_out = _count(report.left_out, "utterance")
+        err.print(f"{left_out} left out: a text with numbers or signs has no single reading")
 
 
 def show_calibration(found: Calibration) -> None:
@@ -293,6 +294,10 @@ def _spread(std: float | None) -> str:
     return "" if std is None else f"±{_percent(std)}"
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else number(100 * share, 1)
 
@@ -321,16 +326,21 @@ def train_progress(name: str, steps: int, events: Iterable[TrainEvent]) -> None:
         TimeRemainingColumn(),
     )
     shown = None
-    with Progress(*columns, console=err, disable=not is_first_process()) as bar:
+    bar = Progress(*columns, console=err, disable=not is_first_process())
+    try:
         for event in events:
             if shown is None:  # nothing to show before the first step: loading may yet fail
                 shown = bar.add_task(name, total=steps, loss="", pace="")
+                bar.start()
             if isinstance(event, StepDone):
                 loss, pace = _loss(event), _pace(event)
                 bar.update(shown, completed=event.step, loss=loss, pace=pace)
             elif isinstance(event, Evaluated):
                 figures = "  ".join(f"{k} {v:.3f}" for k, v in event.metrics.items())
                 err.print(f"step {event.step}: {figures}")
+    finally:
+        if shown is not None:
+            bar.stop()
 
 
 def _loss(event: StepDone) -> str:

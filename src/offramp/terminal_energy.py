@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ from offramp.results import ratio
 from offramp.stream_events import Endpoint, Event, Final, Latency, Partial
 
 if TYPE_CHECKING:
+    from offramp.bench.compress import CompressReport
     from offramp.bench.stream_profile import StreamProfile
+    from offramp.compress.plan import CompressionPlan
     from offramp.decoding.speech_stream import Stream
     from offramp.energy.modelled import ModelledEnergy
 
@@ -129,3 +131,47 @@ def _tiers(energy: ModelledEnergy, name: str) -> str:
     """Part by part, such as `weights dram, cache local`."""
     parts = ((*key.split(".", 1), tier) for key, tier in energy.placement.items())
     return ", ".join(f"{part} {tier}" for component, part, tier in parts if component == name)
+
+
+def show_compression(report: CompressReport) -> None:
+    """What was chosen, before and after, what else there was to choose, and a line of it all."""
+    plan = report.best.plan
+    terminal.table(
+        f"{report.model}: chunks of {plan.chunk_ms:g} ms, chosen by {plan.made_by}",
+        ("component", "choice"),
+        [[name, str(choice)] for name, choice in plan.choices.items()],
+    )
+    after = report.best.mj_per_audio_s
+    rows = [["kB of weights", _kb(report.dense_bytes), _kb(report.best.stored_bytes), ""]]
+    for energy in report.dense:
+        was, now = energy.mj_per_audio_s, after[energy.profile.name]
+        less = f"{100 * (1 - now / was):.0f}"
+        rows.append([f"mJ per s, {energy.profile.name}", f"{was:.3g}", f"{now:.3g}", less])
+    columns = ("modelled, memory-traffic energy; not measured", "before", "after", "% less")
+    terminal.table("", columns, rows)
+    if report.front:
+        _show_front(report.front, report.baselines)
+    if plan.blank_skip is not None:
+        terminal.out.print(f"To be streamed with --blank-skip {plan.blank_skip:g}.")
+    terminal.out.print(report.summary)
+
+
+def _show_front(front: Sequence[CompressionPlan], baselines: Mapping[str, CompressionPlan]) -> None:
+    """A row and a bar for each plan; the bar is of the first hardware profile."""
+    names = list(front[0].modelled_mj_per_audio_s)
+    made = Table(title="What can be had, as predicted", title_justify="left", title_style="bold")
+    made.add_column("")
+    for column in ("WER increase", *(f"mJ per s, {name}" for name in names), "kB"):
+        made.add_column(column, justify="right")
+    made.add_column(names[0], width=_BAR_WIDTH)
+    most = max(p.modelled_mj_per_audio_s[names[0]] for p in (*front, *baselines.values()))
+    for name, plan in (*(("planner", p) for p in front), *baselines.items()):
+        mj = plan.modelled_mj_per_audio_s
+        figures = [f"{100 * plan.wer_increase:+.2f}", *(f"{mj[n]:.3g}" for n in names)]
+        bar = Bar(most, 0, mj[names[0]], width=_BAR_WIDTH)
+        made.add_row(name.replace("_", " "), *figures, _kb(plan.stored_bytes), bar)
+    terminal.out.print(made)
+
+
+def _kb(size: int) -> str:
+    return terminal.number(size / 1e3, 0)

@@ -37,6 +37,11 @@ class TranscriptOutput:
                 f"several files as {format} do not fit into one; give a folder with -o"
             )
         if folder is not None:
+            if folder.suffix.removeprefix(".") in FORMATS and not folder.is_dir():
+                raise InputError(
+                    f"{folder} is to be a folder, and is called like a file; give a folder with "
+                    f"-o, or write one file with > {folder}"
+                )
             check_writable_folder(folder)
             targets = [self._target(name) for name in files]
             if twice := next((t for t in targets if targets.count(t) > 1), None):

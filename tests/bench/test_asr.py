@@ -311,6 +311,23 @@ def test_a_calibrated_policy_does_on_its_data_what_it_says(
     assert 1 - spent == pytest.approx(found.saving)
 
 
+def test_a_split_must_be_chosen_where_there_are_several(tmp_path: Path) -> None:
+    path = toy_speech.write_corpus(tmp_path, ["do mi", "mi mi", "do"])
+    path.write_text("train".join(path.read_text().rsplit("dev", 1)))
+    with pytest.raises(InputError, match="has the splits dev, train; choose one with --split"):
+        AsrData(path).utterances()
+    assert [u.text for u in AsrData(path, "dev").utterances()[0]] == ["do mi", "mi mi"]
+
+
+def test_a_limit_draws_always_the_same_utterances_from_all(manifest: Path) -> None:
+    everything, _ = AsrData(manifest).utterances()
+    some, _ = AsrData(manifest, limit=4).utterances()
+    assert some == AsrData(manifest, limit=4).utterances()[0]
+    assert len(some) == 4 and some != everything[:4]
+    assert [u for u in everything if u in some] == some  # in the order of the manifest
+    assert AsrData(manifest, limit=99).utterances()[0] == everything
+
+
 def test_too_few_utterances_certify_nothing(recogniser_folder: Path, manifest: Path) -> None:
     found = calibrate_model(recogniser_folder, AsrData(manifest), CalibrateOptions(0.5))
     assert found.threshold is None and found.guarantee.startswith("cannot certify +0.5 % WER")
@@ -322,7 +339,7 @@ def test_too_few_utterances_certify_nothing(recogniser_folder: Path, manifest: P
 
 
 def test_what_is_out_of_range_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="allowed: entropy, confidence, agreement"):
+    with pytest.raises(InputError, match="allowed: confidence, entropy, agreement"):
         CalibrateOptions(0.5, "patience")
     for wrong in ((0.0, 100.0), (0.5, -1.0)):
         with pytest.raises(ConfigError, match="greater than 0"):

@@ -93,7 +93,7 @@ def test_every_utterance_needs_both_texts() -> None:
 
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jiwer", None)
-    with pytest.raises(InputError, match=r"need jiwer: pip install offramp\[wer\]$"):
+    with pytest.raises(InputError, match=r"need jiwer: pip install 'offramp\[wer\]'$"):
         word_edits(["a"], ["a"])
 
 
@@ -122,8 +122,14 @@ def test_without_a_word_there_is_no_rate(edits: list[Edits]) -> None:
 
 
 def test_resamples_of_empty_references_alone_are_left_out() -> None:
-    found = error_rate([Edits(1, 0, 0, 2), Edits(0, 0, 0, 0)], Bootstrap(200))
+    found = error_rate([Edits(1, 0, 0, 2), *[Edits(0, 0, 0, 0)] * 9], Bootstrap(200))
     assert found.ci95 == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(("utterances", "known"), [(1, False), (9, False), (10, True)])
+def test_few_utterances_have_no_interval(utterances: int, known: bool) -> None:
+    found = error_rate([Edits(1, 0, 0, 4)] * utterances)
+    assert found.rate == 0.25 and (found.ci95 is not None) == known
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:

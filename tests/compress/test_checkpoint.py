@@ -59,10 +59,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors"),
     "another kind of folder": (
         lambda f: save_encoder(MODELS["ctc, ours"](), f),
-        "type 'offramp-ctc', not 'offramp-compressed'",
+        "type 'offramp-ctc', not 'offramp-compressed'; choose a folder that offramp compress wrote",
     ),
     "no such kind": (change_config(lambda v: v.update(kind="rnn")), "kind is 'rnn'; allowed: dec"),
-    "no modules": (change_config(lambda v: v.pop("modules")), "config.json: 'modules'"),
+    "no modules": (change_config(lambda v: v.pop("modules")), "config.json: KeyError, 'modules'"),
     "a setting unknown": (change_config(lambda v: v["config"].update(x=1)), "no setting x"),
     "a module too many": (
         change_config(lambda v: v["modules"].update({"layers.9.x": {"kind": "linear"}})),
@@ -147,6 +147,6 @@ def test_other_models_are_not_stored(tmp_path: Path) -> None:
     model.layers[0].attention.qkv = torch.nn.Identity()
     with pytest.raises(InputError, match="cannot store a Identity"):
         save_compressed(model, tmp_path / "m")
-    with pytest.raises(InputError, match="compressed Linear; allowed: decoder, ctc, transducer"):
+    with pytest.raises(InputError, match="compressed Linear; allowed: DecoderLM, CTCEnc"):
         save_compressed(torch.nn.Linear(2, 2), tmp_path / "m")  # type: ignore[arg-type]
     assert not (tmp_path / "m").exists()

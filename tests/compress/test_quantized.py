@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import toy
 from offramp.compress.method import modules_of
 from offramp.compress.quantize import WeightQuantization
 from offramp.compress.quantized import (
@@ -18,6 +20,7 @@ from offramp.compress.quantized import (
     QuantizedConv1d,
     QuantizedEmbedding,
     QuantizedLinear,
+    QuantizedWeight,
     quantize,
 )
 from offramp.errors import InputError
@@ -60,7 +63,7 @@ def test_more_bits_are_nearer() -> None:
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (24, 33), (80, 64), (512, 501)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (24, 33), (80, 64), (300, 192), (512, 501)])
 def test_the_kernel_equals_the_formula(
     shape: tuple[int, int], bias: bool, activations: str
 ) -> None:
@@ -99,6 +102,43 @@ def test_rows_of_zeros_and_nan_stay_by_themselves(activations: str) -> None:
     assert torch.equal(y[:1], alone)
     assert torch.equal(y[1], layer.bias)
     assert bool(y[2].isnan().all())
+
+
+def test_codes_are_held_once_and_moved_with_the_layer() -> None:
+    """Also where rows are filled up for the kernel: 300 is no multiple of 64."""
+    layer, x = quantized(nn.Linear(300, 40), activations="bfloat16"), random(3, 300)
+    for same in (layer, copy.deepcopy(layer), copy.deepcopy(layer).to("cpu")):
+        assert same.codes.shape == (40, 300)
+        assert same.codes.untyped_storage().nbytes() == 40 * 320
+        assert torch.equal(same(x), layer(x))
+        before = same(x)
+        same.codes.neg_()
+        torch.testing.assert_close(same(x) - layer.bias, layer.bias - before)
+        same.codes.neg_()
+    double = copy.deepcopy(layer).double()
+    torch.testing.assert_close(double(x), layer(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [32, 64])
+def test_an_embedding_scores_by_the_kernel(dim: int) -> None:
+    table = quantized(nn.Embedding(61, dim))
+    h = random(2, 5, dim)
+    fast, slow = table.scores(h), F.linear(h.bfloat16().float(), table.weight)
+    assert float((fast - slow).abs().max()) <= 8e-3 * float(slow.abs().max())
+    assert torch.equal(table.scores(h[1, 3:4]), fast[1, 3:4])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_reads_through_its_modules(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight is made anew, at whatever exit; so every product has its kernel."""
+    model = WeightQuantization(8).apply(toy.decoder(tied_embeddings=tied))
+    head, h = (model.embedding if tied else model.unembedding), random(2, 3, 32)
+    expected = F.linear(model.norm(h).bfloat16().float(), head.weight)
+    monkeypatch.setattr(QuantizedWeight, "weight", property(lambda self: 1 / 0))
+    for exit_layer in range(1, model.config.num_layers + 1):
+        found = model.logits(h, exit_layer)
+        assert float((found - expected).abs().max()) <= 8e-3 * float(expected.abs().max())
+    assert toy.run(model, toy.tokens(2, 4)).dtype == model.dtype == torch.float32
 
 
 def test_a_quantised_layer_does_not_train() -> None:

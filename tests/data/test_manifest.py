@@ -125,9 +125,9 @@ def test_seconds_are_a_number_above_0(tmp_path: Path, seconds: str) -> None:
 
 def test_many_problems_are_counted_rather_than_listed(tmp_path: Path) -> None:
     rows = "".join(f"{i}.wav\t1\t\t\ta\n" for i in range(5_000))
-    with pytest.raises(DataError, match=r"has 5000 problems: .*; and 4990 more") as error:
+    with pytest.raises(DataError, match=r"has 5000 problems: .*; and 4975 more") as error:
         read_manifest(tsv(tmp_path, rows))
-    assert str(error.value).count("is missing") == 10
+    assert str(error.value).count("is missing") == 25
 
 
 def test_lines_that_are_no_objects_are_named(tmp_path: Path) -> None:

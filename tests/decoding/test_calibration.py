@@ -13,15 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from offramp.decoding.calibration import (
-    RULES,
-    Calibration,
-    DevRun,
-    calibrate,
-    least_utterances,
-)
+from offramp.decoding.calibration import Calibration, DevRun, calibrate, least_utterances
 from offramp.decoding.early_exit_ctc import early_exit
-from offramp.decoding.exit_policies import Agreement, Confidence, FrameEntropy, edit_distance
+from offramp.decoding.exit_policies import RULES, Agreement, Confidence, FrameEntropy, edit_distance
 from offramp.errors import ConfigError, InputError
 from toy_ctc import ToyTower, batch
 
@@ -199,7 +193,7 @@ def test_an_empty_reference_counts_as_one_word() -> None:
 def test_the_policy_leaves_where_the_calibration_said(rule: str) -> None:
     """From a run that never leaves early to thresholds to a run that does."""
     tower, lengths = ToyTower(), list(range(12, 60))
-    never = RULES[rule](math.inf)
+    never = RULES[rule].at_score(math.inf)
     exits = (1, 2, 3, 4, 5, 6)
     full = early_exit(tower, exits, *batch(lengths), never)
     scores = [[t.score for t in r.trail if t.score is not None] for r in full]
@@ -256,7 +250,7 @@ def test_a_calibration_survives_its_file(tmp_path: Path, x: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"rule": "luck"}, "rule is 'luck'; allowed: entropy, confidence, agreement"),
+        ({"rule": "luck"}, "rule is 'luck'; allowed: confidence, entropy, agreement"),
         ({"exits": [4, 2]}, "ascending order"),
         ({"exits": ["2"]}, "exits is '2'"),
         ({"utterances": 0}, "utterances is 0"),

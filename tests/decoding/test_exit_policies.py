@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -293,7 +294,29 @@ def test_any_of_tests_what_any_of_them_tests() -> None:
     assert AnyOf((FixedExit(4), Budget(9.0, by_frames))).decide(test) == [Decision(True)]
 
 
+@pytest.mark.parametrize("fixed", [2, 4, 6, None])
+def test_a_fixed_exit_leaves_there_whatever_else_is_tested(fixed: int | None) -> None:
+    """A budget that allows all and a rule that never leaves look at exits before it."""
+    for other in (Budget(math.inf, by_frames), Confidence(1.1)):
+        for policies in ((FixedExit(fixed), other), (other, FixedExit(fixed))):
+            assert set(exits_taken(AnyOf(policies))) == {fixed or ToyTower.exits[-1]}
+
+
 # -- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [FrameEntropy, Confidence, Agreement])
+def test_at_score_leaves_where_the_score_is_at_least_that(kind: Any) -> None:
+    exits = ToyTower.exits
+    never = early_exit(ToyTower(), exits, *batch(LENGTHS), kind.at_score(math.inf))
+    found = [[t.score for t in result.trail if t.score is not None] for result in never]
+    assert all(len(own) == len(exits) for own in found)
+    limit = sorted(max(own[:-1]) for own in found)[len(found) // 2]
+    want = [
+        next((e for e, s in zip(exits, own, strict=True) if s >= limit), exits[-1]) for own in found
+    ]
+    assert exits_taken(kind.at_score(limit), exits) == want
+    assert len(set(want)) > 1
 
 
 @pytest.mark.parametrize("rule", [FrameEntropy, Confidence, Agreement])

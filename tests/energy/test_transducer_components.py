@@ -105,6 +105,13 @@ def test_fewer_bits_take_fewer_bytes_of_weights_not_of_caches() -> None:
         transducer_components(CONFIG, weights, cache_bits=0)
 
 
+def test_the_public_reference_takes_the_bytes_that_its_sizes_say() -> None:
+    of = {bits: plain_weights(emformer_rnnt_base(), bits=bits) for bits in (32, 8, 4)}
+    encoder = [of[bits]["encoder"].read_bytes for bits in of]
+    assert encoder == [254_423_040, 63_605_760, 31_802_880]
+    assert of[4]["joiner"].stored_bytes == 2_099_713  # half a byte at the end is a byte
+
+
 def test_weights_may_be_given_as_they_are_stored() -> None:
     held = StoredWeights(100, 60.0, 5.0, {"int8": 30.0, "fp32": 2.0})
     weights = dict.fromkeys(("encoder", "predictor", "joiner", "blank_head"), held)

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.decoding.calibration import RULES
 from offramp.decoding.ctc import greedy, text, words
 from offramp.decoding.early_exit_ctc import EarlyExitOptions, early_exit
-from offramp.decoding.exit_policies import AnyOf, Budget, ExitPolicy, FixedExit
+from offramp.decoding.exit_policies import RULES, AnyOf, Budget, ExitPolicy, FixedExit
 from offramp.energy.hf_cost import shape_mac_cost, shape_trail_macs
 from offramp.errors import CheckpointError, ConfigError, DataError, InputError
 from offramp.models.hf_checkpoint import (

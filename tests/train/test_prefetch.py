@@ -37,6 +37,18 @@ def equal(a: SpeechBatch, b: SpeechBatch) -> bool:
     )
 
 
+class Dies:
+    def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
+        os._exit(1)
+
+
+def test_a_process_that_dies_is_told_in_one_line():
+    with closing(PrefetchedBatches(Dies(), total_steps=9)) as ahead:
+        for _ in range(2):
+            with pytest.raises(DataError, match="the process that makes the batches ended"):
+                ahead.batch(0, 0, 1)
+
+
 def test_what_is_made_ahead_is_what_would_have_been_made():
     """From any step on, in any order: a resumed run starts in the middle."""
     with closing(PrefetchedBatches(Made(), total_steps=9)) as ahead:

@@ -18,14 +18,15 @@ from offramp.data.augment_audio import AudioAugmentation
 from offramp.data.manifest import Utterance, write_manifest
 from offramp.data.synthetic import Sentence
 from offramp.errors import ConfigError, DataError
-from offramp.models.ctc_checkpoint import load_encoder
+from offramp.models.ctc import CTCEncoder
+from offramp.models.ctc_checkpoint import load_encoder, save_encoder
 from offramp.tokenizer import BLANK, TextTokenizer, train_ctc_bpe
 from offramp.train import speech, speech_data
 from offramp.train.ctc import CTCTraining, SpeechBatch
 from offramp.train.loop import Evaluated, StepDone, TrainConfig
 from offramp.train.speech import SpeechRecipe
 from offramp.train.speech_data import MixedSpeech, Recordings, SpeechItem, at_least, pack
-from offramp.train.trainee import LogMelTrainingReader
+from offramp.train.trainee import Continued, LogMelTrainingReader, ours_from
 
 TEXTS = ("a cat sat", "the dog ran off", "we see the sea", "it's a test", "go", "no more of it")
 TOKENIZER = train_ctc_bpe(TEXTS, 40)
@@ -265,3 +266,21 @@ def test_an_encoder_reads_as_many_mels_as_it_asks_for(corpus: Path, tmp_path: Pa
 def test_a_recipe_needs_something_to_train_on() -> None:
     with pytest.raises(ConfigError, match="nothing to train on"):
         replace(toy_recipe(), sets=())
+
+
+def test_a_checkpoint_is_continued_with_other_settings(tmp_path: Path) -> None:
+    """And the same weights; what is not given stays as it is."""
+    folder = tmp_path / "start"
+    start = CTCEncoder(replace(ENCODER, dropout=0.1))
+    start.init_weights(0)
+    save_encoder(start, folder, torch.float32, {"tokenizer.json": TOKENIZER.to_json()})
+    for wanted, changes in (
+        (Continued(str(folder)), {}),
+        (Continued(str(folder), dropout=0.0, pad_edges=True), {"dropout": 0.0, "pad_edges": True}),
+    ):
+        made = ours_from(folder, wanted, torch.device("cpu")).encoder
+        assert made.config == replace(start.config, **changes)
+        assert made.training and all(p.requires_grad for p in made.parameters())
+        state = start.state_dict()
+        assert made.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[key]) for key, value in made.state_dict().items())

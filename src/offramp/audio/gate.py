@@ -17,7 +17,6 @@ from torch import Tensor
 
 from offramp.audio.features import FeatureConfig
 from offramp.config import check_positive, check_range
-from offramp.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class GateOptions:
     def __post_init__(self) -> None:
         check_positive(floor_s=self.floor_s, hold_s=self.hold_s)
         check_range(0, margin_db=self.margin_db, before_s=self.before_s)
-        if not -150 <= self.silence_db < 0:
-            raise ConfigError(f"silence_db is {self.silence_db}; it must be in [-150, 0)")
+        check_range(-150, 0, silence_db=self.silence_db)
 
 
 class SpeechGate:

@@ -219,10 +219,12 @@ def _decoded(recording: _Recording, block_s: float) -> Iterator[tuple[np.ndarray
     while not ended:
         got, ended = _fill(buffer, recording, done)
         mono = buffer[:got, 0].copy() if file.channels == 1 else buffer[:got].mean(axis=1)
-        if got and not np.abs(mono).max() <= _LOUDEST:  # so written, it is true of NaN
+        bad = ~(np.abs(mono) <= _LOUDEST)  # so written, it is true of NaN
+        if bad.any():
             raise AudioError(
                 f"{recording.name} has samples that are NaN, infinite or beyond {_LOUDEST:g} from "
-                f"{done / file.samplerate:.2f} s on; export it again with samples in [-1, 1]"
+                f"{(done + int(bad.argmax())) / file.samplerate:.2f} s on; export it again with "
+                "samples in [-1, 1]"
             )
         done += got
         yield mono, ended
@@ -237,9 +239,10 @@ def _fill(buffer: np.ndarray, recording: _Recording, done: int) -> tuple[int, bo
     except soundfile.LibsndfileError as error:
         # With a length unknown the end itself is reported as an error, after the last frames
         # were decoded. What they did not fill is still NaN, which FLAC, of integers, never is.
+        got = int((~np.isnan(buffer[:, 0])).sum())
         if recording.frames is None:
-            return int((~np.isnan(buffer[:, 0])).sum()), True
-        raise _truncated(recording, done, _reason(error)) from error
+            return got, True
+        raise _truncated(recording, done + got, _reason(error)) from error
     if got == len(buffer) and done + got < file.frames:
         return got, False
     if done + got < recording.least:

@@ -82,8 +82,7 @@ class VadOptions:
                 f"max_segment_s is {self.max_segment_s}; it must be at least a second more than "
                 f"the padding on both sides, {2 * self.padding_s}"
             )
-        if not -150 <= self.silence_db < 0:
-            raise ConfigError(f"silence_db is {self.silence_db}; it must be in [-150, 0)")
+        check_range(-150, 0, silence_db=self.silence_db)
         if self.detector not in _DETECTORS:
             raise ConfigError(
                 f"detector is {self.detector!r}; it must be one of {', '.join(_DETECTORS)}"

@@ -10,6 +10,7 @@ alone. The same pass over all exits gives `calibrate` what it needs.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,15 +25,14 @@ from offramp.bench.wer import character_edits, error_rate, need_jiwer, word_edit
 from offramp.config import check_counts, check_positive
 from offramp.data.manifest import Utterance, read_manifest
 from offramp.data.speech import normalize_text, normalized
-from offramp.decoding.calibration import RULES, Calibration, DevRun, calibrate, says_nothing
+from offramp.decoding.calibration import Calibration, DevRun, calibrate, says_nothing
 from offramp.decoding.ctc import Hypothesis, text
 from offramp.decoding.early_exit_ctc import EarlyExit, EarlyExitOptions, early_exit
 from offramp.decoding.encoder_cost import tower_macs
-from offramp.decoding.exit_policies import ExitPolicy, FixedExit
+from offramp.decoding.exit_policies import RULES, ExitPolicy, FixedExit
 from offramp.errors import DataError, InputError
 from offramp.recognizer import (
     CALIBRATION,
-    POLICIES,
     Decode,
     Recognizer,
     TranscribeOptions,
@@ -44,12 +44,12 @@ from offramp.results import ratio
 _BATCH_FRAMES = 8_000  # feature frames of a batch, padding included: 80 s
 _TIMED = 4  # batches that are timed, spread evenly over the lengths
 _TURNS = 3  # how often each policy runs on a timed batch
-_DEFAULTS = {"confidence": 0.95, "entropy": 0.1, "agreement": 1.0}
 
 
 @dataclass(frozen=True)
 class AsrData:
-    """data: a manifest. split: of it; None: all. limit: so many utterances, the first ones."""
+    """data: a manifest. split: of it; None: the only one. limit: so many utterances, drawn at
+    random, always the same: the first ones may be of few voices."""
 
     data: Path
     split: str | None = None
@@ -61,10 +61,19 @@ class AsrData:
 
     def utterances(self) -> tuple[list[Utterance], int]:
         """(with text normalised; how many were left out, whose text has no single reading)."""
-        kept, left_out = normalized(read_manifest(self.data, self.split, check_audio=True))
+        found = read_manifest(self.data, self.split, check_audio=True)
+        splits = sorted({u.split for u in found})
+        if len(splits) > 1:  # what a model was trained on tells little of it
+            raise InputError(
+                f"{self.data} has the splits {', '.join(splits)}; choose one with --split"
+            )
+        kept, left_out = normalized(found)
         if not kept:
             raise DataError(f"{self.data} has no text that can be normalised; write numbers out")
-        return kept[: self.limit], len(left_out)
+        if self.limit is not None and self.limit < len(kept):
+            chosen = random.Random(0).sample(range(len(kept)), self.limit)
+            kept = [kept[row] for row in sorted(chosen)]
+        return kept, len(left_out)
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,8 @@ class AsrOptions:
     lm_weight: float | None = None
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.thresholds) - set(POLICIES)):
-            raise InputError(f"there is no rule {unknown[0]!r}; allowed: {', '.join(POLICIES)}")
+        if unknown := sorted(set(self.thresholds) - set(RULES)):
+            raise InputError(f"there is no rule {unknown[0]!r}; allowed: {', '.join(RULES)}")
         self.searches()  # which refuses what contradicts itself
 
     def searches(self) -> dict[str, TranscribeOptions]:
@@ -154,8 +163,8 @@ class CalibrateOptions:
 
     def __post_init__(self) -> None:
         check_positive(max_wer_increase=self.max_wer_increase, cap=self.cap)
-        if self.rule not in POLICIES:
-            raise InputError(f"rule is {self.rule!r}; allowed: {', '.join(POLICIES)}")
+        if self.rule not in RULES:
+            raise InputError(f"rule is {self.rule!r}; allowed: {', '.join(RULES)}")
         if empty := says_nothing(*self.shares):  # known before anything is decoded
             raise InputError(empty)
 
@@ -258,7 +267,7 @@ def calibrate_model(
     recognizer = Recognizer.load(model, device=device)
     need_jiwer()
     utterances, _ = data.utterances()
-    config, never = recognizer.config, RULES[options.rule](math.inf)
+    config, never = recognizer.config, RULES[options.rule].at_score(math.inf)
     exits = config.exits
     texts, scores, costs = [], [], []
     references = []
@@ -286,13 +295,13 @@ def exit_candidates(
     path = None if recognizer.folder is None else recognizer.folder / CALIBRATION
     saved = recognizer.load_calibration(path) if path is not None and path.exists() else None
     found = {f"exit_{e}": Candidate(FixedExit(e)) for e in recognizer.config.exits}
-    for rule, default in _DEFAULTS.items():
+    for rule, kind in RULES.items():
         if rule in thresholds or saved is None or saved.rule != rule:
-            threshold = thresholds.get(rule, default)
-            found[rule] = Candidate(POLICIES[rule](threshold), threshold)
+            policy = kind(thresholds[rule]) if rule in thresholds else kind()
+            found[rule] = Candidate(policy, policy.threshold)
         else:
-            policy = saved.policy(recognizer.config.exits)
-            found[rule] = Candidate(policy, saved.setting, calibrated=True)
+            certified = saved.policy(recognizer.config.exits)
+            found[rule] = Candidate(certified, saved.setting, calibrated=True)
     return found
 
 

@@ -18,6 +18,8 @@ from offramp.config import check_counts
 from offramp.errors import InputError
 from offramp.results import ratio
 
+_LEAST_UTTERANCES = 10  # fewer, drawn anew, say nothing about others
+
 
 @dataclass(frozen=True)
 class Edits:
@@ -92,7 +94,7 @@ def need_jiwer() -> Any:
     try:
         return importlib.import_module("jiwer")
     except ImportError as error:
-        raise InputError("error rates need jiwer: pip install offramp[wer]") from error
+        raise InputError("error rates need jiwer: pip install 'offramp[wer]'") from error
 
 
 def _edits(process: str, references: Sequence[str], hypotheses: Sequence[str]) -> list[Edits]:
@@ -156,10 +158,11 @@ def _interval(
 ) -> tuple[float, float] | None:
     """2.5 % and 97.5 % quantiles of errors / length over resampled utterances.
 
-    Resamples that drew empty references alone have no rate and are left out.
+    Resamples that drew empty references alone have no rate and are left out. None below
+    `_LEAST_UTTERANCES`.
     """
     top, bottom = np.array(errors, float), np.array([e.length for e in edits], float)
-    if not bottom.sum():
+    if not bottom.sum() or len(edits) < _LEAST_UTTERANCES:
         return None
     draw, rates = np.random.default_rng(bootstrap.seed), []
     for _ in range(bootstrap.resamples):

@@ -2,15 +2,16 @@
 
 model.safetensors holds exactly the bytes that `stored_size` counts, after the table of contents
 that says where each tensor lies. config.json describes the model it was, what is built otherwise,
-and how each tensor that is not stored plainly is packed.
+and how each tensor that is not stored plainly is packed. Whoever uses a model need not know
+whether it is compressed: `load_model` reads both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from offramp.compress.blueprint import differences, rebuild
 from offramp.compress.layers import SubsetLinear
 from offramp.compress.packing import LAYOUTS, Packed, pack_model, unpack
-from offramp.compress.quantized import QuantizedLinear
+from offramp.compress.quantized import QuantizedMatrix, QuantizedWeight
 from offramp.config import (
     DecoderConfig,
     EncoderConfig,
@@ -29,29 +30,47 @@ from offramp.config import (
 )
 from offramp.errors import CheckpointError, ConfigError, InputError
 from offramp.models.ctc import CTCEncoder
+from offramp.models.ctc_checkpoint import load_encoder
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hub import (
+    COMPRESSED_TYPE,
+    DECODER_KIND,
+    ENCODER_TYPE,
+    TRANSDUCER_TYPE,
     check_target,
-    read_json,
+    described,
+    is_compressed,
+    lay_out,
+    load_decoder,
     read_tensors,
     refuse_unexplained,
     write_checkpoint,
 )
 from offramp.models.transducer import Transducer
-
-COMPRESSED_TYPE = "offramp-compressed"  # model_type in config.json
+from offramp.models.transducer_checkpoint import load_transducer
+from offramp.nn.unfilled import unfilled
 
 Model = DecoderLM | CTCEncoder | Transducer
-_CONFIGS: dict[str, type[DecoderConfig | EncoderConfig | TransducerConfig]] = {
-    "decoder": DecoderConfig,
-    "ctc": EncoderConfig,
-    "transducer": TransducerConfig,
+M = TypeVar("M", DecoderLM, CTCEncoder, Transducer)
+
+
+class _Kind(NamedTuple):
+    """load: from a folder that is not compressed. command: what uses such a model."""
+
+    model: type[Model]
+    config: type[DecoderConfig | EncoderConfig | TransducerConfig]
+    load: Callable[[Path, torch.device | str, torch.dtype], Model]
+    command: str
+
+
+_KINDS = {
+    DECODER_KIND: _Kind(DecoderLM, DecoderConfig, load_decoder, "offramp generate"),
+    ENCODER_TYPE: _Kind(CTCEncoder, EncoderConfig, load_encoder, "offramp transcribe"),
+    TRANSDUCER_TYPE: _Kind(Transducer, TransducerConfig, load_transducer, "offramp stream"),
 }
-_MODELS: dict[str, type[Model]] = {
-    "decoder": DecoderLM,
-    "ctc": CTCEncoder,
-    "transducer": Transducer,
-}
+# Beside the weights, and as true of a compressed model. A calibration is not: its thresholds are
+# certified for the weights that it was made with.
+_COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "offramp.json")
 
 
 @dataclass(frozen=True)
@@ -67,16 +86,15 @@ class _Packing:
 
 
 def save_compressed(model: Model, folder: Path, files: Mapping[str, str] | None = None) -> None:
-    """Write a folder that `load_compressed` reads; whole or not at all.
+    """Write a folder that `load_model` reads; whole or not at all.
 
-    files: name -> text of further files, such as the tokenizer's.
+    files: name -> text of further files, such as `companions` of the folder that `model` is from.
     """
     check_target(folder)
-    kind = next((kind for kind, cls in _MODELS.items() if type(model) is cls), None)
+    kind = next((kind for kind, known in _KINDS.items() if type(model) is known.model), None)
     if kind is None:
-        raise InputError(
-            f"cannot store a compressed {type(model).__name__}; allowed: {', '.join(_MODELS)}"
-        )
+        known = ", ".join(known.model.__name__ for known in _KINDS.values())
+        raise InputError(f"cannot store a compressed {type(model).__name__}; allowed: {known}")
     tensors: dict[str, Tensor] = {}
     packings: dict[str, Any] = {}
     for name, packed in pack_model(model).items():
@@ -97,27 +115,58 @@ def save_compressed(model: Model, folder: Path, files: Mapping[str, str] | None 
     write_checkpoint(folder, tensors, config, files or {})
 
 
-def load_compressed(folder: Path, device: torch.device | str = "cpu") -> Model:
-    """The model in `folder`, every tensor checked by name, kind and shape; frozen, in eval mode.
+def companions(folder: Path) -> dict[str, str]:
+    """Name -> text of the files in `folder` that go with a compressed copy of its model."""
+    found = (folder / name for name in _COMPANIONS)
+    return {path.name: path.read_text(encoding="utf-8") for path in found if path.exists()}
 
-    CheckpointError: not a compressed model, incomplete, or its files contradict each other.
+
+def load_model(
+    wanted: type[M],
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> M:
+    """The model of class `wanted` in `folder`, compressed or not; frozen, in eval mode.
+
+    CheckpointError: there is none. InputError: whole numbers do not multiply in `dtype`.
     """
-    path = folder / "config.json"
-    values = read_json(path)
-    if values.get("model_type") != COMPRESSED_TYPE:
+    if not is_compressed(folder):
+        load = next(kind.load for kind in _KINDS.values() if kind.model is wanted)
+        model = load(folder, device, dtype)
+        assert isinstance(model, wanted)
+        return model
+    model = load_compressed(folder, device)
+    if not isinstance(model, wanted):
+        command = next(kind.command for kind in _KINDS.values() if kind.model is type(model))
         raise CheckpointError(
-            f"{path} describes a model of type {values.get('model_type')!r}, not "
-            f"{COMPRESSED_TYPE!r}; choose a folder that offramp compress wrote"
+            f"{folder} holds a compressed {type(model).__name__}, not a {wanted.__name__}; give it "
+            f"to {command}, or choose another folder"
         )
-    try:
-        model, packings = _described(values)
-    except (ConfigError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {error}; fetch the checkpoint anew") from error
+    if dtype != model.dtype and any(isinstance(m, QuantizedWeight) for m in model.modules()):
+        raise InputError(
+            f"dtype is {dtype}, and {folder} is quantised: it computes in {model.dtype}; leave "
+            "dtype out"
+        )
+    if isinstance(model, DecoderLM):
+        for p in model.parameters():
+            p.data = lay_out(p.data)
+    return model.to(dtype)
+
+
+def load_compressed(folder: Path, device: torch.device | str = "cpu") -> Model:
+    """The compressed model in `folder`, every tensor checked by name, kind and shape.
+
+    It is frozen and in eval mode. CheckpointError: not a compressed model, incomplete, or its files
+    contradict each other.
+    """
+    wanted = "a folder that offramp compress wrote"
+    model, packings = described(folder, COMPRESSED_TYPE, _described, wanted)
     stored = dict(read_tensors(folder))
     state = {}
-    for name, wanted in model.state_dict().items():
+    for name, expected in model.state_dict().items():
         packing = packings.pop(name, None)
-        tensor = _read(stored, name, wanted, packing, folder)
+        tensor = _read(stored, name, expected, packing, folder)
         # A copy lies as torch likes it; where the file has it, sums may round otherwise.
         state[name] = tensor.to(device, copy=True)
     refuse_unexplained(folder, sorted([*stored, *packings]))
@@ -128,17 +177,21 @@ def load_compressed(folder: Path, device: torch.device | str = "cpu") -> Model:
 
 
 def _plain(kind: str, config: Any) -> Model:
-    with torch.device("meta"):
-        return _MODELS[kind](config)
+    with unfilled():
+        return _KINDS[kind].model(config)
 
 
 def _described(values: Mapping[str, Any]) -> tuple[Model, dict[str, _Packing]]:
-    kind = values["kind"]
-    check_choice(kind=(kind, tuple(_MODELS)))
-    model = _plain(kind, _CONFIGS[kind].from_dict(values["config"]))
-    with torch.device("meta"):
-        rebuild(model, values["modules"])
-    return model, {name: strict(_Packing, p) for name, p in values["packed"].items()}
+    """The model on the meta device, and how its tensors are packed. ConfigError: malformed."""
+    try:
+        kind = values["kind"]
+        check_choice(kind=(kind, tuple(_KINDS)))
+        model = _plain(kind, _KINDS[kind].config.from_dict(values["config"]))
+        with unfilled():
+            rebuild(model, values["modules"])
+        return model, {name: strict(_Packing, p) for name, p in values["packed"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{type(error).__name__}, {error}") from error
 
 
 def _read(
@@ -170,7 +223,7 @@ def _read(
 
 def _finish(model: nn.Module, folder: Path) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedMatrix):
             module.lay_out()
         if isinstance(module, SubsetLinear):
             for kept, size in (

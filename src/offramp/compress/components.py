@@ -7,7 +7,7 @@ the products that its own layers compute. Zeros save bytes where their packing d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,10 @@ from offramp.compress.layers import LowRankLinear, SubsetLinear
 from offramp.compress.method import is_inside
 from offramp.compress.packing import stored_size
 from offramp.compress.quantized import QuantizedLinear
-from offramp.config import Chunking
+from offramp.config import Chunking, TransducerConfig
 from offramp.energy.transducer_components import StoredWeights, call_costs
 from offramp.models.transducer import Transducer
+from offramp.nn.unfilled import unfilled
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _MODULES = {"joiner": "joiner.tokens", "blank_head": "joiner.blank"}  # others have their own name
@@ -32,6 +33,7 @@ def stored_weights(model: Transducer, chunking: Chunking | None = None) -> dict[
     config, chunking = model.config, chunking or model.config.chunking
     dtype = _DTYPES.get(model.dtype, "fp32")
     size, found = stored_size(model), {}
+    calls, plain = _calls(model, chunking), _plain_linears(config)
     for name, cost in call_costs(config, chunking).items():
         module = _MODULES.get(name, name)
         stored, row = size.of([module]).nbytes, 0.0
@@ -42,7 +44,8 @@ def stored_weights(model: Transducer, chunking: Chunking | None = None) -> dict[
             row = rows * table / config.vocab_size
             read = stored - table + row
         macs = {dtype: cost.macs}
-        for kind, count in _corrections(model, module, _calls(model, chunking)[name], dtype):
+        linears = {n: linear for n, linear in plain.items() if is_inside(n, [module])}
+        for kind, count in _corrections(model, linears, calls[name], dtype):
             macs[kind] = macs.get(kind, 0) + count
         found[name] = StoredWeights(stored, read, row, {k: n for k, n in macs.items() if n})
     return found
@@ -70,22 +73,23 @@ def _calls(model: Transducer, chunking: Chunking) -> dict[str, Callable[[], Any]
     }
 
 
+def _plain_linears(config: TransducerConfig) -> dict[str, nn.Linear]:
+    """The linear layers that a plain model of this shape has, by name."""
+    with unfilled():
+        plain = Transducer(config)
+    return {name: layer for name, layer in plain.named_modules() if isinstance(layer, nn.Linear)}
+
+
 def _corrections(
-    model: Transducer, component: str, call: Callable[[], Any], dtype: str
+    model: Transducer, plain: Mapping[str, nn.Linear], call: Callable[[], Any], dtype: str
 ) -> Iterator[tuple[str, int]]:
-    """By dtype, MACs of a call to take from those by shape, and to add: of each linear layer."""
-    with torch.device("meta"):
-        plain = Transducer(model.config)
-    layers = {
-        name: layer
-        for name, layer in plain.named_modules()
-        if isinstance(layer, nn.Linear) and is_inside(name, [component])
-    }
-    with _rows_seen({name: model.get_submodule(name) for name in layers}) as rows:
+    """By dtype, MACs of a call to take from those by shape, and to add: of each of `plain`."""
+    modules = {name: model.get_submodule(name) for name in plain}
+    with _rows_seen(modules) as rows:
         call()
-    for name, layer in layers.items():
+    for name, layer in plain.items():
         yield dtype, -rows[name] * layer.in_features * layer.out_features
-        yield from _macs(model.get_submodule(name), rows[name])
+        yield from _macs(modules[name], rows[name])
 
 
 @contextmanager

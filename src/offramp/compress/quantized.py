@@ -1,13 +1,14 @@
 """Layers whose weights are whole numbers, one scale per output channel, with kernels that pay.
 
 A layer holds its codes as int8 in memory, also those of 4 bits; files hold two of these in a
-byte (`packing.py`). The linear layer multiplies codes on a CPU; convolutions and embeddings
-multiply codes by scales where they are read, which saves memory but no time.
+byte (`packing.py`). Matrices multiply codes on a CPU; convolutions and the rows of embeddings are
+multiplied by their scales where they are read, which saves memory but no time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +36,7 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 class QuantizedWeight(nn.Module):
-    """Codes [rows, ...] and scales [rows]; `weight` is their product, made anew each time.
-
-    A model that reads a weight itself, such as a decoder its un-embedding, gets no kernel.
-    """
+    """Codes [rows, ...] and scales [rows]; `weight` is their product, made anew each time."""
 
     codes: Tensor
     scales: Tensor
@@ -55,67 +53,70 @@ class QuantizedWeight(nn.Module):
         return self.codes * self.scales.view(-1, *[1] * (self.codes.ndim - 1))
 
 
-class QuantizedLinear(QuantizedWeight):
-    """y = x W^T + b for inference, fast on a CPU.
+class QuantizedMatrix(QuantizedWeight):
+    """Codes [out, in] with a fast product on a CPU; elsewhere `reference` serves, slowly.
 
     activations bfloat16: x is rounded to bf16 and meets the codes as they are; the quicker one up
     to about ten rows, so for streams and decode steps, and slower than float for hundreds. int8:
     each row of x becomes whole numbers by its own largest value; the quicker one for large
     matrices from ten rows up, so for whole utterances. Either way a row depends on no other row.
-    Elsewhere than on a CPU `reference` computes the same, slowly.
     """
 
-    _ones: Tensor | None
+    bias: Tensor | None
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, bits: int, activations: str
-    ) -> None:
-        super().__init__((out_features, in_features), bits)
+    def __init__(self, shape: tuple[int, int], bits: int, activations: str) -> None:
+        super().__init__(shape, bits)
         check_choice(activations=(activations, ACTIVATIONS))
-        self.in_features, self.out_features = in_features, out_features
-        self.activations = activations
-        self.bias = nn.Parameter(torch.zeros(out_features), False) if bias else None
+        self._whole = activations == "int8"
+        self._padding = 0 if self._whole else -shape[1] % _ALIGNED
+        self.register_buffer("_laid_out", None, persistent=False)
         self.register_buffer("_ones", None, persistent=False)
         self.lay_out()
 
     def lay_out(self) -> None:
         """Bring codes that were just made or loaded into the order that the kernel reads."""
-        if self.activations == "int8":
-            self.codes = self.codes.t().contiguous().t()
-        else:
-            # In the kernel's place for scales, which are bf16 there and would lose digits.
-            self._ones = torch.ones_like(self.scales, dtype=torch.bfloat16)
+        if self._whole:
+            self.codes = self._laid_out = self.codes.t().contiguous().t()
+            return
+        self._laid_out = F.pad(self.codes, (0, self._padding))
+        self.codes = self._laid_out[:, : self.codes.shape[1]]  # one memory for both
+        # In the kernel's place for scales, which are bf16 there and would lose digits.
+        self._ones = torch.ones_like(self.scales, dtype=torch.bfloat16)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """To another device or dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.lay_out()
+        return self
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] -> x W^T + bias [..., out]. InputError: gradients were asked for."""
+        if x.requires_grad and torch.is_grad_enabled():
             raise InputError("a quantised layer does not train; fine-tune first, quantise last")
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             return self.reference(x)
-        rows = x.reshape(-1, self.in_features)
-        y = self._int8(rows) if self.activations == "int8" else self._bfloat16(rows)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        # Looked up past nn.Module, whose way takes a tenth of a small product's time.
+        held: dict[str, Any] = self._buffers
+        bias = self.bias
+        if self._whole:
+            rows, own = _by_row(rows)
+            y, factor = torch._int_mm(rows, held["_laid_out"].t()) * held["scales"], own
+        else:
+            rows = F.pad(rows.bfloat16(), (0, self._padding)) if self._padding else rows.bfloat16()
+            y = torch._weight_int8pack_mm(rows.contiguous(), held["_laid_out"], held["_ones"])
+            factor = held["scales"]
+        y = (y * factor if bias is None else torch.addcmul(bias, y, factor)).to(x.dtype)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     def reference(self, x: Tensor) -> Tensor:
-        """What `forward` computes, but for the order of sums and the last rounding."""
-        if self.activations == "int8":
+        """What `product` computes, but for the order of sums and the last rounding."""
+        if self._whole:
             codes, scales = _by_row(x)
-            x = codes.float() * scales
+            rounded = codes.float() * scales
         else:
-            x = x.bfloat16().float()
-        return F.linear(x, self.weight, self.bias)
-
-    def _int8(self, x: Tensor) -> Tensor:
-        codes, scales = _by_row(x)
-        y = torch._int_mm(codes, self.codes.t()) * self.scales
-        return y * scales if self.bias is None else torch.addcmul(self.bias, y, scales)
-
-    def _bfloat16(self, x: Tensor) -> Tensor:
-        x, codes = x.bfloat16(), self.codes
-        if extra := -self.in_features % _ALIGNED:
-            x, codes = F.pad(x, (0, extra)), F.pad(codes, (0, extra))
-        assert self._ones is not None, "lay_out makes it"
-        y = torch._weight_int8pack_mm(x.contiguous(), codes, self._ones).float()
-        return y * self.scales if self.bias is None else torch.addcmul(self.bias, y, self.scales)
+            rounded = x.bfloat16().float()
+        return F.linear(rounded, self.weight, self.bias).to(x.dtype)
 
 
 def _by_row(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,15 +126,35 @@ def _by_row(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scales).round_().to(torch.int8), scales
 
 
-class QuantizedEmbedding(QuantizedWeight):
+class QuantizedLinear(QuantizedMatrix):
+    """y = x W^T + b for inference; activations: as in `QuantizedMatrix`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, bits: int, activations: str
+    ) -> None:
+        super().__init__((out_features, in_features), bits, activations)
+        self.in_features, self.out_features = in_features, out_features
+        self.activations = activations
+        self.bias = nn.Parameter(torch.zeros(out_features), False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+class QuantizedEmbedding(QuantizedMatrix):
     """Rows of codes, each with its scale; the rows that are asked for become float32."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, bits: int) -> None:
-        super().__init__((num_embeddings, embedding_dim), bits)
+        super().__init__((num_embeddings, embedding_dim), bits, "bfloat16")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.bias = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.codes) * self.scales[tokens][..., None]
+
+    def scores(self, h: Tensor) -> Tensor:
+        """h [..., D] -> [..., V], where the un-embedding is tied to this."""
+        return self.product(h)
 
 
 class QuantizedConv1d(QuantizedWeight):

@@ -24,7 +24,7 @@ Row = dict[str, Any] | str  # fields by column, or what is wrong with the line
 
 _REQUIRED = ("path", "seconds", "text")
 _OPTIONAL = ("speaker", "split")
-_LISTED = 10  # problems that one message spells out
+_LISTED = 25  # problems that one message spells out
 _TOLERANCE_S = 0.1  # of a recording's length; MP3 and Opus pad by some tens of milliseconds
 _UNSAFE = ("\t", "\n", "\r")  # what a field of a TSV file cannot hold
 

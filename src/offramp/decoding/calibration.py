@@ -11,23 +11,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from offramp.config import check_counts, check_positive, check_range, strict
-from offramp.decoding.exit_policies import Agreement, Confidence, ExitPolicy, FrameEntropy
+from offramp.decoding.exit_policies import RULES, ExitPolicy
 from offramp.errors import ConfigError, InputError
 from offramp.files import replacing
-
-# A rule that leaves where its score is at least the number.
-RULES: dict[str, Callable[[float], ExitPolicy]] = {
-    "entropy": lambda score: FrameEntropy(-score),
-    "confidence": Confidence,
-    "agreement": Agreement,
-}
 
 
 @dataclass(frozen=True)
@@ -121,7 +114,7 @@ class Calibration:
             f"(+{x:.4g} % allowed; one utterance counts up to {cap:.4g} %) over the last exit, for "
             f"speech like the {self.utterances} development utterances, each taken whole as the "
             "manifest cuts them; not a bound for each utterance, for WER pooled over words, for "
-            "other speech or for other cuts"
+            "other voices, other speech or other cuts"
         )
 
     @property
@@ -129,7 +122,7 @@ class Calibration:
         """The threshold as the rule itself takes it, so in nats for entropy."""
         if self.threshold is None:
             return None
-        return -self.threshold if self.rule == "entropy" else self.threshold
+        return RULES[self.rule].at_score(self.threshold).threshold
 
     def policy(self, exits: Sequence[int]) -> ExitPolicy:
         """The rule with its threshold, for a tower with the same exits; else ConfigError."""
@@ -138,7 +131,7 @@ class Calibration:
                 f"the calibration is for exits {self.exits} and the model has {tuple(exits)}; "
                 "calibrate anew"
             )
-        return RULES[self.rule](math.inf if self.threshold is None else self.threshold)
+        return RULES[self.rule].at_score(math.inf if self.threshold is None else self.threshold)
 
     def save(self, path: Path) -> None:
         """Write JSON to `path`."""

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -67,13 +67,6 @@ class ExitPolicy(Protocol):
         ...
 
 
-class _TestsAll:
-    """A policy that looks at every exit."""
-
-    def tested(self, exits: Sequence[int]) -> tuple[int, ...]:
-        return tuple(exits)
-
-
 @dataclass(frozen=True)
 class FixedExit:
     """Always leave at `exit_layer`, counted from 1; None: at the last exit. No other is tested."""
@@ -89,11 +82,33 @@ class FixedExit:
         return (chosen,)
 
     def decide(self, test: ExitTest) -> list[Decision]:
-        return [Decision(True) for _ in test.trails]
+        """Others may have asked for exits before it (see `AnyOf`)."""
+        last = test.next_exit is None
+        reached = last if self.exit_layer is None else test.exit_layer >= self.exit_layer
+        return [Decision(reached) for _ in test.trails]
 
 
 @dataclass(frozen=True)
-class FrameEntropy(_TestsAll):
+class _Scored:
+    """A rule that looks at every exit, scores it, and leaves by a threshold."""
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.threshold):
+            raise InputError(f"threshold is {self.threshold}; it must be a number")
+
+    @classmethod
+    def at_score(cls, score: float) -> Self:
+        """The rule that leaves where its score is at least this."""
+        return cls(score)
+
+    def tested(self, exits: Sequence[int]) -> tuple[int, ...]:
+        return tuple(exits)
+
+
+@dataclass(frozen=True)
+class FrameEntropy(_Scored):
     """Leave when the mean entropy of the frames, in nats, is at most `threshold`.
 
     Below 0 nothing leaves early; log(vocab_size) is the largest entropy. Score: minus the mean
@@ -102,8 +117,9 @@ class FrameEntropy(_TestsAll):
 
     threshold: float = 0.1
 
-    def __post_init__(self) -> None:
-        _check_number(threshold=self.threshold)
+    @classmethod
+    def at_score(cls, score: float) -> Self:
+        return cls(-score)
 
     def decide(self, test: ExitTest) -> list[Decision]:
         entropy = torch.special.entr(test.log_probs.exp()).sum(dim=-1)
@@ -112,7 +128,7 @@ class FrameEntropy(_TestsAll):
 
 
 @dataclass(frozen=True)
-class Confidence(_TestsAll):
+class Confidence(_Scored):
     """Leave when the confidence of the greedy path is at least `threshold`.
 
     Score: the geometric mean of the frame maxima, blank frames excluded, in [0, 1]. An output
@@ -121,9 +137,6 @@ class Confidence(_TestsAll):
     """
 
     threshold: float = 0.95
-
-    def __post_init__(self) -> None:
-        _check_number(threshold=self.threshold)
 
     def decide(self, test: ExitTest) -> list[Decision]:
         best, ids = test.log_probs.max(dim=-1)
@@ -137,7 +150,7 @@ class Confidence(_TestsAll):
 
 
 @dataclass(frozen=True)
-class Agreement(_TestsAll):
+class Agreement(_Scored):
     """Leave when `patience` times in a row an exit wrote what the one before it did (patience).
 
     threshold: how alike two texts must be: 1 - edit distance / tokens of the longer, 1 if equal;
@@ -150,7 +163,7 @@ class Agreement(_TestsAll):
     patience: int = 1
 
     def __post_init__(self) -> None:
-        _check_number(threshold=self.threshold)
+        super().__post_init__()
         check_counts(1, patience=self.patience)
 
     def decide(self, test: ExitTest) -> list[Decision]:
@@ -164,8 +177,16 @@ class Agreement(_TestsAll):
         return min(likeness(a, b) for a, b in itertools.pairwise(newest))
 
 
+# The rules that have a threshold, by the name that options and files give them.
+RULES: dict[str, type[FrameEntropy] | type[Confidence] | type[Agreement]] = {
+    "confidence": Confidence,
+    "entropy": FrameEntropy,
+    "agreement": Agreement,
+}
+
+
 @dataclass(frozen=True)
-class Budget(_TestsAll):
+class Budget:
     """Leave when the next segment would cost more than is left of `limit`.
 
     So no segment is started whose known cost exceeds the budget; the first exit is always
@@ -179,6 +200,9 @@ class Budget(_TestsAll):
     def __post_init__(self) -> None:
         if not self.limit >= 0.0:  # not so for NaN
             raise InputError(f"limit is {self.limit}; it must be at least 0")
+
+    def tested(self, exits: Sequence[int]) -> tuple[int, ...]:
+        return tuple(exits)
 
     def decide(self, test: ExitTest) -> list[Decision]:
         if test.next_exit is None:
@@ -244,9 +268,3 @@ def _mean(values: Tensor, chosen: Tensor) -> list[float]:
     sums = values.masked_fill(~chosen, 0.0).double().sum(dim=1)
     means: list[float] = (sums / chosen.sum(dim=1).clamp(min=1)).tolist()
     return means
-
-
-def _check_number(**values: float) -> None:
-    for name, value in values.items():
-        if math.isnan(value):
-            raise InputError(f"{name} is {value}; it must be a number")

@@ -40,7 +40,7 @@ class LanguageModel:
             dictionary = importlib.import_module("flashlight.lib.text.dictionary")
         except ImportError as error:
             raise InputError(
-                "a language model needs flashlight-text: pip install offramp[lm]"
+                "a language model needs flashlight-text: pip install 'offramp[lm]'"
             ) from error
         if not path.is_file():
             raise DataError(f"{path} is missing; give an ARPA file, such as train_ngram writes")

@@ -32,9 +32,9 @@ class StreamOptions:
     """chunk_ms: audio that is heard at once; None: the model's. beam_size None: greedy search.
 
     hotwords: phrases to expect. blank_skip: where the blank's own scorer gives it this
-    probability, the labels are not scored (a model with a factorised blank only). endpoint: when
-    an utterance ends; None: with the stream. gate: where the encoder rests; a gate that shuts
-    ends the utterance. None: nowhere.
+    probability, the labels are not scored (a model with a factorised blank only); None: the
+    model's. endpoint: when an utterance ends; None: with the stream. gate: where the encoder
+    rests; a gate that shuts ends the utterance. None: nowhere.
     """
 
     chunk_ms: float | None = None
@@ -80,8 +80,11 @@ class StreamPlan:
         if options.hotwords:
             spelled = [hotword_spelling(phrase, pieces) for phrase in options.hotwords]
             self.scorer = WordScorer(pieces, hotwords=spelled)
+        search = options.search_options()
+        if search.blank_skip is None:
+            search = replace(search, blank_skip=config.blank_skip)
         self.search = TransducerSearch(
-            model.predictor, model.joiner, config.blank_id, options.search_options(), self.scorer
+            model.predictor, model.joiner, config.blank_id, search, self.scorer
         )
 
     def gate(self) -> SpeechGate | None:

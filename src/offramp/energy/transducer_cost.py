@@ -25,10 +25,6 @@ class CallCost:
     cache_read: int = 0
     cache_written: int = 0
 
-    def weight_bytes(self, bits: int) -> int:
-        """Stored with `bits` per weight and nothing beside them."""
-        return -(-self.weights * bits // 8)
-
 
 def encoder_call(config: TransducerConfig, chunking: Chunking | None = None) -> CallCost:
     """One chunk, right context included: it is heard again with the next."""

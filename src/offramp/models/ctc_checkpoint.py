@@ -21,6 +21,7 @@ from offramp.models.hub import (
     stored_tensors,
     write_checkpoint,
 )
+from offramp.nn.unfilled import unfilled
 
 
 def load_encoder_config(folder: Path) -> EncoderConfig:
@@ -33,7 +34,7 @@ def load_encoder(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> CTCEncoder:
     """The encoder in `folder`, every tensor checked by name and shape; frozen, in eval mode."""
-    with torch.device("meta"):
+    with unfilled():
         model = CTCEncoder(load_encoder_config(folder))
     fill(model, folder, device, dtype)
     return model

@@ -20,13 +20,21 @@ from offramp.nn.layers import DecoderLayer, RMSNorm, View
 from offramp.nn.rotary import RotaryTable
 
 
+class TokenEmbedding(nn.Embedding):
+    """Rows for tokens; where the un-embedding is tied to it, scores of tokens too."""
+
+    def scores(self, h: Tensor) -> Tensor:
+        """h [..., D] -> [..., V]"""
+        return F.linear(h, self.weight)
+
+
 class DecoderLM(nn.Module):
     """Implements `nn.tower.Tower`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.unembedding = (
@@ -38,11 +46,11 @@ class DecoderLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return self.norm.weight.device  # compression leaves norms alone
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        return self.norm.weight.dtype
 
     def init_weights(self, seed: int) -> None:
         """Normal(0, 0.02); the matrices that write into the residual stream by sqrt(2L) less."""
@@ -84,8 +92,9 @@ class DecoderLM(nn.Module):
 
     def logits(self, h: Tensor, exit_layer: int) -> Tensor:
         """`exit_layer` is ignored: all exits share one norm and one un-embedding."""
-        weight = self.embedding.weight if self.unembedding is None else self.unembedding.weight
-        return F.linear(self.norm(h), weight)
+        scores = self.embedding.scores if self.unembedding is None else self.unembedding
+        logits: Tensor = scores(self.norm(h))
+        return logits
 
     # -- training ----------------------------------------------------------------------------
 
@@ -95,7 +104,7 @@ class DecoderLM(nn.Module):
         `segments` [B, T] numbers the documents packed into a row: tokens see and count
         positions within their own document only.
         """
-        like = self.embedding.weight
+        like = self.norm.weight
         cos, sin = self._rotary.upto(num_tokens, like)
         if segments is None and self.config.sliding_window is None:
             return View(cos[None, :, None], sin[None, :, None], None, causal=True)

@@ -25,6 +25,7 @@ from offramp.errors import CheckpointError, ConfigError
 from offramp.files import replacing
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_config import eos_ids, from_hf, to_hf
+from offramp.nn.unfilled import unfilled
 from offramp.tokenizer import BLANK, BOS, EOS, PAD, TextTokenizer
 
 _Config = TypeVar("_Config")
@@ -34,6 +35,8 @@ _PACKAGED = Path(__file__).parent.parent / "checkpoints"
 SHIPPED = {name: _PACKAGED / name for name in ("lm-tiny", "parse-tiny", "asr-tiny", "stream-tiny")}
 ENCODER_TYPE = "offramp-ctc"  # model_type of what models/ctc_checkpoint.py reads
 TRANSDUCER_TYPE = "offramp-transducer"  # and of what models/transducer_checkpoint.py reads
+COMPRESSED_TYPE = "offramp-compressed"  # and of what compress/checkpoint.py reads:
+DECODER_KIND = "decoder"  # its kind is this or one of the two above
 _SPEECH = {ENCODER_TYPE: "offramp transcribe", TRANSDUCER_TYPE: "offramp stream"}
 
 # Ours <- theirs: one matrix of ours may be several of theirs, stacked.
@@ -90,19 +93,33 @@ def shipped() -> list[str]:
 
 
 def load_config(folder: Path) -> DecoderConfig:
-    """The tower in `folder`; generation_config.json may name further tokens that end a text."""
+    """The tower in `folder`, compressed or not.
+
+    generation_config.json may name further tokens that end a text.
+    """
     values = read_json(folder / "config.json")
-    if (command := _SPEECH.get(str(values.get("model_type")))) is not None:
+    compressed = is_compressed(folder)
+    kind = values.get("kind" if compressed else "model_type")
+    if (command := _SPEECH.get(str(kind))) is not None:
         raise CheckpointError(
             f"{folder} holds a speech recogniser, which writes no text by itself; give it to "
             f"{command}, or choose the folder of a language model"
         )
-    config = from_hf(values)
+    raw = values.get("config")
+    if compressed:
+        config = DecoderConfig.from_dict(raw if isinstance(raw, dict) else {})
+    else:
+        config = from_hf(values)
     path = folder / "generation_config.json"
     if not path.exists():
         return config
     both = (*config.eos_ids, *eos_ids(read_json(path)))
     return replace(config, eos_ids=tuple(dict.fromkeys(both)))
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether compress/checkpoint.py reads `folder`."""
+    return read_json(folder / "config.json").get("model_type") == COMPRESSED_TYPE
 
 
 def load_defaults(folder: Path) -> DraftDefaults:
@@ -138,9 +155,14 @@ def weights_sha256(folder: Path) -> str:
 def load_decoder(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> DecoderLM:
-    """The tower in `folder`, every tensor checked by name and shape."""
+    """The tower in `folder`, every tensor checked by name and shape; not a compressed one."""
     config = load_config(folder)
-    with torch.device("meta"):
+    if is_compressed(folder):
+        raise CheckpointError(
+            f"{folder} holds a compressed model, which is ready for use and for nothing else; "
+            "choose the folder of the one that it was made from"
+        )
+    with unfilled():
         model = DecoderLM(config)
     wanted = {name: p.shape for name, p in model.named_parameters()}
     theirs = dict(read_tensors(folder))
@@ -151,7 +173,7 @@ def load_decoder(
             for part, rows in _their_rows(name, shape[0], config)
         ]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        state[name] = _lay_out(tensor.to(device=device, dtype=dtype))
+        state[name] = lay_out(tensor.to(device=device, dtype=dtype))
     ignored = ["rotary_emb.inv_freq"]
     if config.tied_embeddings:
         ignored.append("lm_head.weight")  # the embedding once more
@@ -161,7 +183,7 @@ def load_decoder(
     return model.eval()
 
 
-def _lay_out(tensor: Tensor) -> Tensor:
+def lay_out(tensor: Tensor) -> Tensor:
     """The same tensor, a matrix with more rows than columns stored column by column.
 
     On a CPU the product of one token with such a matrix is up to five times as fast that way

@@ -21,6 +21,7 @@ from offramp.models.hub import (
     write_checkpoint,
 )
 from offramp.models.transducer import Transducer
+from offramp.nn.unfilled import unfilled
 
 
 def load_transducer_config(folder: Path) -> TransducerConfig:
@@ -33,7 +34,7 @@ def load_transducer(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transducer:
     """The model in `folder`, every tensor checked by name and shape; frozen, in eval mode."""
-    with torch.device("meta"):
+    with unfilled():
         model = Transducer(load_transducer_config(folder))
     fill(model, folder, device, dtype)
     return model

@@ -1,6 +1,6 @@
 """SpecAugment (arXiv 1904.08779): bands of channels and spans of time are hidden in training.
 
-Without time warping, which gains little; the number of time masks grows with the utterance
+Without time warping, which gains little; time masks are a share of the utterance
 (arXiv 1912.05533, section 3.2), so that short ones are not wiped out.
 """
 

@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import signal
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from threading import Thread
 
 import numpy as np
 import torch
 
+from offramp.errors import DataError
 from offramp.train.ctc import SpeechBatch, SpeechBatches
 
 _DEPTH = 2  # steps ahead: evens out batches that take longer than a step
@@ -42,13 +44,18 @@ class PrefetchedBatches:
         self._made: dict[tuple[int, int, int], Future[_Packed]] = {}
 
     def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
-        for ahead in range(step, min(step + _DEPTH, self._total_steps - 1) + 1):
-            key = ahead, shard, num_shards
-            if key not in self._made:
-                self._made[key] = self._pool.submit(_make, *key)
-        features, lengths, targets, seconds, total = self._made.pop(
-            (step, shard, num_shards)
-        ).result()
+        try:
+            for ahead in range(step, min(step + _DEPTH, self._total_steps - 1) + 1):
+                key = ahead, shard, num_shards
+                if key not in self._made:
+                    self._made[key] = self._pool.submit(_make, *key)
+            made = self._made.pop((step, shard, num_shards)).result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "the process that makes the batches ended; it ran out of memory, or a script "
+                "trains outside of `if __name__ == '__main__':`; mend that, or give prefetch=False"
+            ) from error
+        features, lengths, targets, seconds, total = made
         return SpeechBatch(
             torch.from_numpy(features), torch.from_numpy(lengths), targets, seconds, total
         )

@@ -29,7 +29,7 @@ from offramp.train.loop import (
     train,
 )
 from offramp.train.speech_data import SpeechData, ctc_tokenizer
-from offramp.train.trainee import Pretrained, Trainee, attached, ours, ours_from
+from offramp.train.trainee import Continued, Pretrained, Trainee, attached, ours, ours_from
 from offramp.train.transducer import (
     TransducerReader,
     TransducerTask,
@@ -42,13 +42,13 @@ from offramp.train.transducer import (
 class SpeechRecipe(SpeechData):
     """One training run of a CTC encoder, on the data of `SpeechData`.
 
-    encoder: its shape, or a checkpoint to start from, whose tokenizer is kept: a folder of ours, or
-    a transformers model that gets exits.
+    encoder: its shape, or a checkpoint to start from, whose tokenizer is kept: the folder of one of
+    ours, as it is or with other settings, or a transformers model that gets exits.
     words: the vocabulary, one token each; empty: the pieces that `ctc_tokenizer` makes.
     """
 
     name: str
-    encoder: EncoderConfig | str | Pretrained
+    encoder: EncoderConfig | str | Continued | Pretrained
     train: TrainConfig
     training: CTCTraining = field(default_factory=CTCTraining)
     words: tuple[str, ...] = ()
@@ -88,16 +88,17 @@ class SpeechRecipe(SpeechData):
             encoder = CTCEncoder(self.encoder)
             encoder.init_weights(self.train.seed)
             return ours(encoder.to(device), tokenizer)
-        wanted = self.encoder if isinstance(self.encoder, Pretrained) else Pretrained(self.encoder)
-        folder = hub.resolve(wanted.folder)
-        if is_pretrained(folder):
-            return attached(folder, wanted, device)
-        if isinstance(self.encoder, Pretrained):
+        wanted = self.encoder
+        folder = hub.resolve(wanted if isinstance(wanted, str) else wanted.folder)
+        if is_pretrained(folder) and not isinstance(wanted, Continued):
+            other = Pretrained(wanted) if isinstance(wanted, str) else wanted
+            return attached(folder, other, device)
+        if isinstance(wanted, Pretrained):
             raise CheckpointError(
                 f"{folder} holds no model of {', '.join(FAMILIES)}; give the folder of one, or, "
                 "for a checkpoint of ours, its folder itself as encoder"
             )
-        return ours_from(folder, device)
+        return ours_from(folder, Continued(wanted) if isinstance(wanted, str) else wanted, device)
 
 
 @dataclass(frozen=True)

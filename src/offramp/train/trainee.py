@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +57,25 @@ class Pretrained:
 
 
 @dataclass(frozen=True)
+class Continued:
+    """A checkpoint of ours to start from, with settings that no weight depends on.
+
+    dropout, pad_edges: as in `EncoderConfig`; None: as the checkpoint has it.
+    """
+
+    folder: str
+    dropout: float | None = None
+    pad_edges: bool | None = None
+
+    def changed(self, encoder: CTCEncoder) -> CTCEncoder:
+        """`encoder` with these settings, on the same device."""
+        own = {k: v for k, v in asdict(self).items() if k != "folder" and v is not None}
+        made = CTCEncoder(replace(encoder.config, **own)).to(encoder.device)
+        made.load_state_dict(encoder.state_dict())
+        return made
+
+
+@dataclass(frozen=True)
 class Trainee:
     """weights: sha256 of those it starts from, None if they are new. vocabulary: of its targets, as
     text. save: writes its checkpoint into a folder."""
@@ -83,10 +102,11 @@ def ours(encoder: CTCEncoder, tokenizer: TextTokenizer, weights: str | None = No
     return Trainee(encoder, reader, weights, text, save)
 
 
-def ours_from(folder: Path, device: torch.device) -> Trainee:
-    """The checkpoint of ours in `folder`, to be trained further."""
+def ours_from(folder: Path, wanted: Continued, device: torch.device) -> Trainee:
+    """The checkpoint of ours in `folder`, with the settings that are `wanted`, to be trained."""
     tokenizer = TextTokenizer.load(folder / "tokenizer.json")
-    return ours(load_encoder(folder, device), tokenizer, weights_sha256(folder))
+    encoder = wanted.changed(load_encoder(folder, device))
+    return ours(encoder, tokenizer, weights_sha256(folder))
 
 
 def attached(folder: Path, wanted: Pretrained, device: torch.device) -> Trainee:

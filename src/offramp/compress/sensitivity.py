@@ -1,0 +1,234 @@
+"""How much the WER grows as one component alone is compressed more and more.
+
+Each component is pruned by each method at rising levels, at once and optionally fine-tuned, and
+stored with each number of bits. All is told as an increase over the model as it was, measured on
+the same utterances. How a WER is measured is the caller's business, so no audio is needed here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+
+from offramp.compress.curves import Exponential, Fit, fit
+from offramp.compress.plan import FULL_BITS, Choice, pruned, quantised
+from offramp.errors import ConfigError, InputError
+from offramp.models.transducer import Transducer
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ALL_BITS = (FULL_BITS, 8, 4)
+
+
+@dataclass(frozen=True)
+class Increase:
+    """WER beyond that of the model as it was, as a share of the words, with a 95 % interval."""
+
+    value: float
+    ci95: tuple[float, float]
+
+    @property
+    def half_width(self) -> float:
+        return (self.ci95[1] - self.ci95[0]) / 2
+
+
+NO_INCREASE = Increase(0.0, (0.0, 0.0))
+
+Measure = Callable[[Transducer], Increase]
+Finetune = Callable[[Transducer], Transducer]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried on a component: every method at every level (rising), with every bits."""
+
+    methods: tuple[str, ...]
+    levels: tuple[float, ...] = LEVELS
+    bits: tuple[int, ...] = ALL_BITS
+    activations: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        # Faults of single choices show here.
+        for bits in self.bits:
+            self.choice("none", 0.0, bits)
+        for method in self.methods:
+            for level in self.levels:
+                self.choice(method, level, FULL_BITS)
+        if list(self.levels) != sorted(set(self.levels)):
+            raise ConfigError(f"levels are {self.levels}; they must rise")
+
+    def choice(self, method: str, level: float, bits: int) -> Choice:
+        """Of this grid; what is not quantised has the default activations."""
+        if bits == FULL_BITS:
+            return Choice(method, level)
+        return Choice(method, level, bits, self.activations)
+
+    def unpruned(self) -> list[Choice]:
+        """The choices at level 0, but for the model as it is."""
+        return [self.choice("none", 0.0, bits) for bits in self.bits if bits != FULL_BITS]
+
+    @property
+    def size(self) -> int:
+        """Points, without fine-tuning."""
+        return len(self.unpruned()) + len(self.methods) * len(self.levels) * len(self.bits)
+
+
+# Encoder: hidden units, alone and with heads, leave smaller matrices, so they save time as well as
+# bytes; single weights and blocks cost least WER per byte, and save no time. It hears ten rows and
+# more at a time, where products of int8 are the quicker ones, and they take a fifth of the energy.
+# Predictor: an embedding, of which single rows are read, and a matrix. Joiner: one matrix, and the
+# most often read of all. Both hear one row at a time, and need no structure to be quick; low rank
+# makes their matrices really smaller. `magnitude` and `global_magnitude` are there for all three,
+# since uniform and global pruning are what a plan is compared with.
+GRIDS: dict[str, Grid] = {
+    "encoder": Grid(
+        ("feed_forward", "units_and_heads", "blocks", "magnitude", "global_magnitude"),
+        activations="int8",
+    ),
+    "predictor": Grid(("magnitude", "global_magnitude", "low_rank")),
+    "joiner": Grid(("magnitude", "global_magnitude", "low_rank")),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A component that was compressed alone, and what that cost."""
+
+    component: str
+    choice: Choice
+    finetuned: bool
+    increase: Increase
+
+
+Known = Mapping[tuple[str, Choice, bool], Increase]
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """finetune: makes a pruned model better, and a new one; None: only as pruned. stop_above: once
+    a level of a method costs so much with all bits, higher ones are not tried. known: points of an
+    earlier sweep."""
+
+    finetune: Finetune | None = None
+    stop_above: float = math.inf
+    known: Known = field(default_factory=dict)
+
+
+def sweep(
+    model: Transducer,
+    grids: Mapping[str, Grid],
+    measure: Measure,
+    options: SweepOptions = SweepOptions(),
+) -> Iterator[Point]:
+    """Every point as soon as it is measured; `model` stays as it is."""
+    for component, grid in grids.items():
+        yield from _points(model, component, grid.unpruned(), measure, options, False)
+        for method in grid.methods:
+            for level in grid.levels:
+                choices = [grid.choice(method, level, bits) for bits in grid.bits]
+                found = []
+                for finetuned in (False,) if options.finetune is None else (False, True):
+                    for point in _points(model, component, choices, measure, options, finetuned):
+                        found.append(point.increase.value)
+                        yield point
+                if min(found) > options.stop_above:
+                    break
+
+
+def _points(
+    model: Transducer,
+    component: str,
+    choices: Sequence[Choice],
+    measure: Measure,
+    options: SweepOptions,
+    finetuned: bool,
+) -> Iterator[Point]:
+    """Of choices that differ in their bits only: pruned and fine-tuned once, if at all."""
+    smaller = None
+    for choice in choices:
+        found = options.known.get((component, choice, finetuned))
+        if found is None:
+            if smaller is None:
+                smaller = pruned(model, {component: choice})
+                if finetuned:
+                    assert options.finetune is not None
+                    smaller = options.finetune(smaller)
+            found = measure(quantised(smaller, {component: choice}))
+        yield Point(component, choice, finetuned, found)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one method costs one component with one number of bits, at any level up to the last.
+
+    choices: one of them; the level is free. fit: over the increases at `levels`, of which the
+    first is 0. Its law is never extended beyond `levels`.
+    """
+
+    component: str
+    choice: Choice
+    finetuned: bool
+    levels: tuple[float, ...]
+    increases: tuple[Increase, ...]
+    fit: Fit
+
+    def at(self, level: float) -> Increase:
+        """InputError beyond the levels. An increase below 0 is noise, and counts as 0.
+
+        The interval is as wide as those around it, and by the fit's residual.
+        """
+        if not 0 <= level <= self.levels[-1]:
+            raise InputError(
+                f"level is {level}; the curve of {self.component} was measured from 0 to "
+                f"{self.levels[-1]}"
+            )
+        value = max(0.0, self.fit.law.at(level))
+        widths = [increase.half_width for increase in self.increases]
+        half = float(np.interp(level, self.levels, widths)) + self.fit.residual
+        return Increase(value, (value - half, value + half))
+
+    @property
+    def form(self) -> str:
+        return "exponential" if isinstance(self.fit.law, Exponential) else "lines"
+
+
+def curves(points: Sequence[Point], finetuned: bool = False) -> list[Curve]:
+    """One for each component, method and bits. Level 0 is what the bits alone cost, which is
+    nothing where there are all 32."""
+    start = {(p.component, p.choice.bits): p.increase for p in points if p.choice.level == 0}
+    measured = [p for p in points if p.choice.level > 0 and p.finetuned == finetuned]
+
+    def kind(point: Point) -> tuple[str, str, int]:
+        return point.component, point.choice.method, point.choice.bits
+
+    found = []
+    for (component, method, bits), group in groupby(sorted(measured, key=kind), kind):
+        members = sorted(group, key=lambda p: p.choice.level)
+        first = NO_INCREASE if bits == FULL_BITS else start[component, bits]
+        levels = (0.0, *(p.choice.level for p in members))
+        increases = (first, *(p.increase for p in members))
+        name = f"{component}, {method}, {bits} bits"
+        law = fit(levels, [increase.value for increase in increases], name)
+        found.append(Curve(component, members[-1].choice, finetuned, levels, increases, law))
+    return found
+
+
+def points_csv(points: Sequence[Point], fitted: Sequence[Curve]) -> str:
+    """A line per point, with what the fitted curve says there (none for points at level 0)."""
+    laws = {(c.component, c.choice.method, c.choice.bits, c.finetuned): c for c in fitted}
+    text = io.StringIO()
+    write = csv.writer(text, lineterminator="\n").writerow
+    columns = ("component", "method", "level", "bits", "activations", "finetuned")
+    write([*columns, "wer_increase", "low", "high", "fitted", "form"])
+    for p in points:
+        how = p.choice
+        curve = laws.get((p.component, how.method, how.bits, p.finetuned))
+        told = ["", ""] if curve is None else [curve.at(how.level).value, curve.form]
+        row = [p.component, how.method, how.level, how.bits, how.activations, int(p.finetuned)]
+        write([*row, p.increase.value, *p.increase.ci95, *told])
+    return text.getvalue()
