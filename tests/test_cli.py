@@ -151,25 +151,6 @@ def test_errors_are_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_names_every_verb(capsys):
-    status, out, _ = offramp(capsys, "--help")
-    assert status == 0
-    for verb in (
-        "generate",
-        "transcribe",
-        "calibrate",
-        "train",
-        "train-ngram",
-        "eval",
-        "tune",
-        "bench",
-        "fetch",
-        "demo",
-        "info",
-    ):
-        assert verb in out
-
-
 # -- speech --------------------------------------------------------------------------------------
 
 

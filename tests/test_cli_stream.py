@@ -6,8 +6,9 @@ import io
 import json
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import soundfile
@@ -100,6 +101,9 @@ def test_the_microphone_may_be_streamed(
         assert sample_rate == RATE
         return heard
 
+    sounddevice = ModuleType("sounddevice")
+    sounddevice.__spec__ = ModuleSpec("sounddevice", None)  # it is installed
+    monkeypatch.setitem(sys.modules, "sounddevice", sounddevice)
     monkeypatch.setattr("offramp.audio.live.microphone", microphone)
     status, out, _ = offramp(capsys, "stream", "--mic", "--model", folder / "m")
     assert status == 0 and out.endswith(f"  {text}\n")
@@ -195,8 +199,3 @@ def test_the_extra_that_a_figure_needs_is_named_before_the_work(
     status, out, err = offramp(capsys, *words)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "pip install 'offramp[plot]'" in err
-
-
-def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = offramp(capsys, "--help")
-    assert "stream" in out and "profile" in out

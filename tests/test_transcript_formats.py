@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from offramp.results import ExitText, Transcript, TranscriptSegment, Word
+from offramp.results import DecodeStats, ExitText, Generation, Transcript, TranscriptSegment, Word
 from offramp.transcript_formats import FORMATS, cues
 
 SPELLINGS = ("a", "the", "it's", "recognition", "antidisestablishmentarianism")
@@ -162,3 +162,33 @@ def test_json_has_words_costs_and_the_trail_if_there_is_one() -> None:
 def test_silence_has_no_mean_exit_and_no_audio_no_rtf() -> None:
     assert Transcript((), 5.0, 0.1).mean_exit_layer is None
     assert Transcript((), 0.0, 0.1).rtf is None
+
+
+def test_json_is_rounded_and_the_values_are_not() -> None:
+    word = Word("one", 1.00049, 1.50051, 0.987654)
+    segments = tuple(
+        TranscriptSegment(1.00049, 2.12345678, "one", (word,), 0.987654, layer, 10_000_001)
+        for layer in (2, 2, 4)
+    )
+    made = Transcript(segments, 3.123456, 0.0123456)
+    read = made.to_dict()
+    segment = read["segments"][0]
+    assert (segment["start_s"], segment["end_s"], segment["confidence"]) == (1.0, 2.123, 0.9877)
+    assert segment["words"][0] == {
+        "text": "one",
+        "start_s": 1.0,
+        "end_s": 1.501,
+        "confidence": 0.9877,
+    }
+    assert (read["audio_s"], read["seconds"], read["rtf"]) == (3.123, 0.012, 0.003953)
+    assert (read["mean_exit_layer"], read["macs"]) == (2.667, 30_000_003)
+    assert made.words[0] == word and made.rtf == 0.0123456 / 3.123456
+    empty = Transcript((TranscriptSegment(0.0, 1.0, "", (), None, 2, 1),), 0.0, 0.1).to_dict()
+    assert empty["segments"][0]["confidence"] is None and empty["rtf"] is None
+
+
+def test_results_print_as_their_texts() -> None:
+    made = spoken(("one", 1.0, 1.5), ("two", 2.0, 2.5))
+    assert str(made) == made.text == "one two" and "Word(" in repr(made)
+    generated = Generation("one", " two", (2,), "stop", DecodeStats(*[0] * 9, 0.0, 0.0))
+    assert str(generated) == " two" and "prompt='one'" in repr(generated)

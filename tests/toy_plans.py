@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from offramp.compress.plan import Choice
-from offramp.compress.planner import Candidate, Problem, Setting
+from offramp.compress.problem import Candidate, Problem, Setting
 from offramp.compress.sensitivity import Increase
 from offramp.energy.placement import Component, Part
 from offramp.energy.profiles import Constant, Profile, Tier, load_profile

@@ -14,10 +14,9 @@ import torch
 from offramp import terminal
 from offramp.api import DraftOptions, Model, load
 from offramp.audio.vad import VadOptions
-from offramp.bench.asr import exit_candidates
 from offramp.data.corpora import parse_prompt
 from offramp.data.speech import normalize_text
-from offramp.decoding.exit_policies import edit_distance
+from offramp.decoding.exit_policies import Confidence, edit_distance
 from offramp.decoding.stopping import Stop
 from offramp.errors import OfframpError
 from offramp.recognizer import Recognizer, TranscribeOptions
@@ -82,26 +81,22 @@ def _medians(model: Model, prompt: str, stop: Stop, rounds: int = 5) -> dict[str
 
 
 def _speech(model: str = "asr-tiny") -> None:
-    """A recording at every exit, and under the calibrated policy; without one, under confidence
-    with a common threshold."""
-    recognizer = Recognizer.load(model)
-    found = exit_candidates(recognizer, {})
-    rule = next((name for name, c in found.items() if c.calibrated), "confidence")
-    policy = f"{rule} policy"
+    """A recording at every exit, and under the confidence policy."""
+    recognizer, confidence = Recognizer.load(model), Confidence()
+    policy = "confidence policy"
     whole = VadOptions(detector="energy")  # one sentence: nothing to find, and no extra needed
     ways = {
         f"exit {e}": TranscribeOptions(exit_layer=e, vad=whole) for e in recognizer.config.exits
     }
-    ways[policy] = TranscribeOptions(exit_policy=found[rule].policy, vad=whole)
+    ways[policy] = TranscribeOptions(exit_policy=confidence, vad=whole)
     made = _transcripts(recognizer, ways)
     terminal.out.print(f"{model}: {RECORDING.name}, {SAID!r}", style="cyan")
     for name, transcript in made.items():
         terminal.out.print(f"{name:>17}  {transcript.text}", markup=False)
     _show_costs(made, normalize_text(SAID).split())
-    threshold = "calibrated" if found[rule].calibrated else "common"
     left = terminal.number(made[policy].mean_exit_layer, 0)
     terminal.out.print(
-        f"The {policy} ({threshold} threshold) left after {left} of "
+        f"The {policy} (threshold {confidence.threshold:g}) left after {left} of "
         f"{recognizer.config.num_layers} layers.\n"
     )
 

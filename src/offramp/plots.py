@@ -12,7 +12,10 @@ from offramp.errors import InputError
 from offramp.files import replacing
 
 if TYPE_CHECKING:
+    from offramp.bench.energy import Row
     from offramp.compress.plan import CompressionPlan
+
+_MARKS = "oxs^v<>D*P"
 
 
 def check_plots(path: Path | None) -> None:
@@ -63,6 +66,42 @@ def plot_front(
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def plot_arms(rows: Mapping[str, Row], path: Path) -> None:
+    """Measured WER against modelled energy: a field for each hardware profile, a mark for each of
+    `rows`, and a line through those that no other one betters in both."""
+    profiles = list(next(iter(rows.values())).mj_per_audio_s)
+    figure = _figure()
+    figure.set_size_inches(9, 7 if len(profiles) > 2 else 4.5)
+    columns = min(2, len(profiles))
+    fields = list(figure.subplots(-(-len(profiles) // columns), columns, squeeze=False).flat)
+    for profile, axes in zip(profiles, fields, strict=False):
+        points = {name: (100 * r.wer, r.mj_per_audio_s[profile]) for name, r in rows.items()}
+        for mark, (name, (wer, mj)) in zip(_MARKS, points.items(), strict=False):
+            axes.plot(wer, mj, mark, label=name.replace("_", " "))
+        front = pareto(list(points.values()))
+        axes.plot(*zip(*front, strict=True), color="grey", linewidth=0.8, zorder=0)
+        axes.set_yscale("log")
+        axes.set_title(profile)
+    for axes in fields[len(profiles) :]:
+        axes.remove()
+    figure.supxlabel("WER, %, measured")
+    figure.supylabel("mJ per second of audio, modelled; not measured")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other one matches in both figures, where less is better; rising in the first,
+    falling in the second."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
+    return found
 
 
 def _of(energy: ModelledEnergy, component: str) -> float:

@@ -12,6 +12,10 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 
+# Decimals in a transcript's JSON; what is not named here is written as it is.
+_DECIMALS = {"start_s": 3, "end_s": 3, "audio_s": 3, "seconds": 3}
+_DECIMALS |= {"confidence": 4, "mean_exit_layer": 3}
+
 
 def ratio(part: float, whole: float) -> float | None:
     """part / whole, or None where there was nothing to divide by."""
@@ -95,6 +99,9 @@ class Generation:
     finish_reason: FinishReason
     stats: DecodeStats
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class Word:
@@ -150,6 +157,9 @@ class Transcript:
     audio_s: float
     seconds: float
 
+    def __str__(self) -> str:
+        return self.text
+
     @property
     def text(self) -> str:
         return " ".join(s.text for s in self.segments if s.text)
@@ -172,10 +182,25 @@ class Transcript:
         return ratio(sum(s.exit_layer for s in self.segments), len(self.segments))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON; `trail` only where it was asked for."""
+        """All of it for JSON; `trail` only where it was asked for.
+
+        Rounded: times to ms, confidences to 4 decimals, rtf to 4 digits.
+        """
         segments = [asdict(segment) for segment in self.segments]
         for segment in segments:
             if not segment["trail"]:
                 del segment["trail"]
-        figures = {n: getattr(self, n) for n in ("audio_s", "seconds", "rtf", "mean_exit_layer")}
-        return {"text": self.text, **figures, "macs": self.macs, "segments": segments}
+        rtf = None if self.rtf is None else float(f"{self.rtf:.4g}")
+        figures = {"audio_s": self.audio_s, "seconds": self.seconds, "rtf": rtf}
+        figures["mean_exit_layer"] = self.mean_exit_layer
+        made = {"text": self.text, **figures, "macs": self.macs, "segments": segments}
+        return {name: _rounded(value, name) for name, value in made.items()}
+
+
+def _rounded(value: Any, name: str = "") -> Any:
+    """`value` with all in it that has a name in `_DECIMALS` rounded; `name`: its own."""
+    if isinstance(value, dict):
+        return {key: _rounded(held, key) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_rounded(held) for held in value)
+    return round(value, _DECIMALS[name]) if name in _DECIMALS and value is not None else value

@@ -16,6 +16,7 @@ from offramp.stream_events import Endpoint, Event, Final, Latency, Partial
 
 if TYPE_CHECKING:
     from offramp.bench.compress import CompressReport
+    from offramp.bench.energy import EnergyReport
     from offramp.bench.stream_profile import StreamProfile
     from offramp.compress.plan import CompressionPlan
     from offramp.decoding.speech_stream import Stream
@@ -128,16 +129,16 @@ def _show_energy(energy: ModelledEnergy) -> None:
 
 
 def _tiers(energy: ModelledEnergy, name: str) -> str:
-    """Part by part, such as `weights dram, cache local`."""
-    parts = ((*key.split(".", 1), tier) for key, tier in energy.placement.items())
-    return ", ".join(f"{part} {tier}" for component, part, tier in parts if component == name)
+    """Such as `shared 412 kB, dram 3,120 kB`."""
+    held = (c.tiers for c in energy.components if c.name == name)
+    return ", ".join(f"{tier} {_kb(size)} kB" for tiers in held for tier, size in tiers.items())
 
 
 def show_compression(report: CompressReport) -> None:
     """What was chosen, before and after, what else there was to choose, and a line of it all."""
     plan = report.best.plan
     terminal.table(
-        f"{report.model}: chunks of {plan.chunk_ms:g} ms, chosen by {plan.made_by}",
+        f"{report.model}: {_setting(plan)}, chosen by {plan.made_by}",
         ("component", "choice"),
         [[name, str(choice)] for name, choice in plan.choices.items()],
     )
@@ -151,9 +152,12 @@ def show_compression(report: CompressReport) -> None:
     terminal.table("", columns, rows)
     if report.front:
         _show_front(report.front, report.baselines)
-    if plan.blank_skip is not None:
-        terminal.out.print(f"To be streamed with --blank-skip {plan.blank_skip:g}.")
     terminal.out.print(report.summary)
+
+
+def _setting(plan: CompressionPlan) -> str:
+    skip = "" if plan.blank_skip is None else f", blanks skipped from {plan.blank_skip:g}"
+    return f"chunks of {plan.chunk_ms:g} ms{skip}"
 
 
 def _show_front(front: Sequence[CompressionPlan], baselines: Mapping[str, CompressionPlan]) -> None:
@@ -171,6 +175,54 @@ def _show_front(front: Sequence[CompressionPlan], baselines: Mapping[str, Compre
         bar = Bar(most, 0, mj[names[0]], width=_BAR_WIDTH)
         made.add_row(name.replace("_", " "), *figures, _kb(plan.stored_bytes), bar)
     terminal.out.print(made)
+
+
+def show_energy_bench(report: EnergyReport) -> None:
+    """What was measured and counted of every arm, what is modelled, then what the planner saves."""
+    from offramp.bench.energy_arms import PLANNER, PLANNER_FREE
+
+    rows = []
+    for name, row in report.rows.items():
+        latency = row.timing.latency
+        waits = [terminal.number(ms, 0) for ms in (latency.first_partial_ms, latency.median_ms)]
+        low, high = (f"{100 * edge:.1f}" for edge in row.wer_ci95)
+        figures = [f"{100 * row.wer:.2f}", f"{low}-{high}", _kb(row.stored_bytes)]
+        rows.append([_named(name), *figures, terminal.number(row.timing.rtf, 4), "/".join(waits)])
+    seeds = f"{len(report.seeds)} seed{'' if len(report.seeds) == 1 else 's'} of fine-tuning"
+    title = f"Measured: {report.words:,} words of {', '.join(report.data)}; {seeds}; one CPU thread"
+    columns = ("", "WER, %", "95 %", "kB", "RTF", "latency, first/median, ms")
+    terminal.table(title, columns, rows)
+    names = [profile.name for profile in report.profiles]
+    terminal.table(
+        "mJ per second of audio: modelled, memory-traffic energy; not measured",
+        ("", *names),
+        [
+            [_named(name), *(f"{row.mj_per_audio_s[n]:.3g}" for n in names)]
+            for name, row in report.rows.items()
+        ],
+    )
+    for arm in (PLANNER, PLANNER_FREE):
+        terminal.out.print(_saved(report, arm))
+    terminal.out.print(
+        f"Over draws of the constants the planner takes less than any other arm but the one with "
+        f"free chunks in at least {100 * report.rank_stability:.1f} % of them."
+    )
+
+
+def _saved(report: EnergyReport, arm: str) -> str:
+    """Against the best of uniform and global pruning."""
+    known = {n: share for n, share in report.saving(arm).items() if share is not None}
+    chunk = report.rows[arm].plan.chunk_ms
+    what = f"{_named(arm)} (chunks of {chunk:g} ms) against {_named(report.best)}"
+    if not known:
+        ours, theirs = (100 * report.rows[n].wer for n in (arm, report.best))
+        return f"{what}: WER {ours:.2f} against {theirs:.2f} %, so there is no saving at equal WER"
+    shares = ", ".join(f"{100 * share:.0f} % on {n}" for n, share in known.items())
+    return f"{what}, at equal WER, saves (modelled): {shares}"
+
+
+def _named(arm: str) -> str:
+    return arm.replace("_", " ")
 
 
 def _kb(size: int) -> str:

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from offramp import terminal
-from offramp.audio.io import duration_s
 from offramp.errors import AudioError, InputError
 from offramp.files import check_writable_folder, replacing
-from offramp.recognizer import Recognizer, TranscribeOptions, Transcription
 from offramp.transcript_formats import FORMATS
+
+if TYPE_CHECKING:  # what is refused here must not wait for torch
+    from offramp.recognizer import Recognizer, TranscribeOptions, Transcription
 
 
 class TranscriptOutput:
@@ -142,6 +144,8 @@ def known_seconds(name: str) -> float:
     """The length of the recording; infinite where it cannot be told beforehand."""
     if name == "-" or not os.path.isfile(name):  # to look into a pipe is to take from it
         return math.inf
+    from offramp.audio.io import duration_s
+
     try:
         return duration_s(Path(name)) or math.inf
     except AudioError:

@@ -14,21 +14,21 @@ import toy_streaming
 from offramp.audio.io import read_audio
 from offramp.bench import compress
 from offramp.bench.asr import AsrData
-from offramp.bench.compress import CompressOptions, CompressReport, run
+from offramp.bench.compress import CompressOptions, CompressReport, finished, run, settings_of
 from offramp.bench.compress_measure import MEASURED, Ear, Measurements
-from offramp.bench.compress_rounds import Session, Tried, search
+from offramp.bench.compress_rounds import SearchOptions, Session, Tried, search
 from offramp.bench.stream_profile import ProfileOptions
 from offramp.bench.stream_profile import run as profile
 from offramp.cli import main
 from offramp.compress.components import stored_weights
 from offramp.compress.plan import Choice, CompressionPlan, fingerprint
-from offramp.compress.planner import Budget
+from offramp.compress.problem import Budget, Problem
 from offramp.compress.sensitivity import Grid, Increase, Point
 from offramp.data.manifest import Utterance, read_manifest, write_manifest
 from offramp.decoding.stream_plan import StreamOptions
 from offramp.errors import CheckpointError, ConfigError, DataError, InputError
 from offramp.streaming import StreamingRecognizer
-from toy_plans import drawn
+from toy_plans import alike, drawn
 from toy_streaming import RATE, babble
 
 GRIDS = {
@@ -89,7 +89,8 @@ def test_what_is_saved_streams_and_takes_what_was_promised(
     assert any(choice.bits == 8 for choice in plan.choices.values())
     loaded = StreamingRecognizer.load(out)
     assert loaded.model.ctc_head is None, "only training needs it"
-    how = StreamOptions(plan.chunk_ms, blank_skip=plan.blank_skip)
+    assert loaded.config.blank_skip == plan.blank_skip, "so no flag is needed"
+    how = StreamOptions()
     found = Ear(loaded.model, loaded.pieces, read_manifest(folder / "dev.tsv"))
     assert found.wer == pytest.approx(report.best.increase.value)
     assert report.best.stored_bytes < report.dense_bytes
@@ -179,26 +180,51 @@ def test_an_energy_budget_holds_on_every_profile(
     assert min(report.best.mj_per_audio_s.values()) > 0
 
 
+def test_what_is_saved_skips_blanks_as_its_plan_does(folder: Path) -> None:
+    model = StreamingRecognizer.load(folder / "m").model
+    chunking = replace(model.config.chunking, chunk=5)
+    made = finished(model, chunking, 0.5)
+    assert made.config.blank_skip == made.encoder.config.blank_skip == 0.5
+    assert made.config.chunking.chunk == 5 and made.ctc_head is None
+    assert model.config.blank_skip is None and model.ctc_head is not None, "a copy"
+    assert finished(made, chunking, None).config.blank_skip == 0.5, "its own, if none is chosen"
+
+
+def test_a_threshold_that_is_the_model_s_own_is_not_tried_twice(folder: Path) -> None:
+    loaded = StreamingRecognizer.load(folder / "m")
+    ear = Ear(loaded.model, loaded.pieces, read_manifest(folder / "dev.tsv"))
+    session = Session(loaded.model, ear, (), None)
+    both = settings_of(session, (240.0, 120.0), (0.5, 0.3))
+    assert both == [(120.0, s) for s in (None, 0.5, 0.3)] + [(240.0, s) for s in (None, 0.5, 0.3)]
+    own = finished(loaded.model, loaded.model.config.chunking, 0.5)
+    assert settings_of(replace(session, model=own), (), (0.5, 0.3)) == [(120.0, None), (120.0, 0.3)]
+    plain = toy_streaming.model(time_reduction=4)
+    assert settings_of(replace(session, model=plain), (), (0.5,)) == [(120.0, None)]
+
+
 # -- rounds ------------------------------------------------------------------------------------
 
 
 def rounds(
-    monkeypatch: pytest.MonkeyPatch, off: list[float], budget: Budget, finetune: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    off: list[float],
+    budget: Budget,
+    bolder: bool = False,
+    problem: Problem | None = None,
 ) -> tuple[Tried, tuple[Tried, ...]]:
     """Plans that really cost so much more WER than predicted, one after the other."""
     errors = iter(off)
-    session = Session(None, None, (), (lambda m: m) if finetune else None)  # type: ignore[arg-type]
 
-    def carry_out(self: Session, plan: CompressionPlan) -> tuple[Any, Tried]:
+    def carry_out(plan: CompressionPlan) -> tuple[str, Tried]:
         value = plan.wer_increase + next(errors)
         return "model", Tried(plan, Increase(value, (value, value)), 1, ())
 
     def taken(self: Tried) -> dict[str, float]:
         return dict(self.plan.modelled_mj_per_audio_s)
 
-    monkeypatch.setattr(Session, "carry_out", carry_out)
     monkeypatch.setattr(Tried, "mj_per_audio_s", property(taken))
-    _, best, tried = search(session, drawn(3), budget, 3)
+    how = SearchOptions(3, bolder=bolder)
+    _, best, tried = search(carry_out, problem or drawn(3), budget, how)
     return best, tried
 
 
@@ -222,11 +248,23 @@ def test_a_plan_that_is_far_off_is_followed_by_one_that_dares_less(
 
 
 def test_what_fine_tuning_spares_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    best, tried = rounds(monkeypatch, [-0.02, -0.02, -0.02], Budget(0.05), finetune=True)
+    best, tried = rounds(monkeypatch, [-0.02, -0.02, -0.02], Budget(0.05), bolder=True)
     assert len(tried) > 1 and best.plan.wer_increase > 0.05
     assert best.increase.value <= 0.05
     mj = [t.plan.modelled_mj_per_audio_s["small"] for t in tried]
     assert mj[-1] < mj[0]
+
+
+def test_a_plan_that_misses_is_not_tried_again_though_nothing_was_predicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Levels up to 0.4 seem to cost nothing, so no smaller budget leads away from them."""
+    problem = alike(lambda level: 0.0 if level <= 0.4 else 0.01)
+    best, tried = rounds(monkeypatch, [0.02, 0.02, 0.0], Budget(0.005), problem=problem)
+    assert [t.plan.wer_increase for t in tried] == [0.0, 0.0, 0.0]
+    assert len({str(t.plan.choices) for t in tried}) == 3 and best is tried[2]
+    mj = [t.plan.modelled_mj_per_audio_s["one"] for t in tried]
+    assert mj == sorted(mj) and mj[0] < mj[-1]
 
 
 def test_a_budget_that_no_plan_keeps_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +305,15 @@ def test_the_trace_is_of_recordings_all_over_the_set(
     one.push(read_audio(utterances[0].path))
     one.finish()
     assert ear.trace(recognizer.model, StreamOptions()) == one.trace
+
+
+def test_models_of_several_seeds_are_told_together(folder: Path) -> None:
+    loaded, own = StreamingRecognizer.load(folder / "m"), StreamOptions()
+    ear = Ear(loaded.model, loaded.pieces, read_manifest(folder / "dev.tsv"))
+    other = toy_streaming.model(seed=7, factorised_blank=True)
+    alone = ear.increase(other, own)
+    both = ear.increase_of([ear.own, ear.edits(other, own)])
+    assert both.value == pytest.approx(alone.value / 2)
 
 
 def test_the_wer_is_against_the_model_as_it_was(folder: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from offramp.compress.baselines import global_magnitude, paper_rule, size_optimal, uniform
 from offramp.compress.plan import Choice, CompressionPlan
-from offramp.compress.planner import Budget, Candidate, Problem, Setting, solve
+from offramp.compress.planner import solve
+from offramp.compress.problem import Budget, Candidate, Problem, Setting
 from offramp.errors import InputError
 from toy_plans import NAMES, alike, component, device, drawn, increase
 

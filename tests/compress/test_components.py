@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from offramp.compress.components import stored_weights
+from offramp.compress.components import as_run, stored_weights
 from offramp.compress.feed_forward import FeedForwardPruning
 from offramp.compress.low_rank import LowRank
 from offramp.compress.magnitude import MagnitudePruning
@@ -14,6 +14,8 @@ from offramp.compress.packing import stored_size
 from offramp.compress.quantize import WeightQuantization
 from offramp.compress.rows import RowPruning
 from offramp.config import Chunking
+from offramp.energy.profiles import load_profile
+from offramp.energy.trace import StreamTrace
 from offramp.energy.transducer_components import plain_weights, transducer_components
 from toy_transducer import CHUNKINGS, VARIANTS, transducer
 
@@ -32,9 +34,26 @@ def test_of_a_plain_model_it_is_what_the_shape_says(changes: Any, chunking: str)
         more = statistics if name == "encoder" else 0
         assert held.stored_bytes == expected[name].stored_bytes + more
         assert held.read_bytes == expected[name].read_bytes + more
+        assert held.parts == expected[name].parts | (
+            {"input": expected[name].parts["input"] + more} if more else {}
+        )
         assert held.row_bytes == expected[name].row_bytes
         assert held.macs == expected[name].macs
     assert transducer_components(model.config, found, chunking=how)
+
+
+def test_a_model_as_it_ran_is_what_its_parts_and_its_trace_say() -> None:
+    model, how = transducer(factorised_blank=True), CHUNKINGS["frame by frame"]
+    trace = StreamTrace(10.0, 50, 50, 0, 30, 30, 20, 20, 9, 9, 8)
+    plan = as_run(model, trace, how)
+    weights = stored_weights(model, how)
+    assert plan.tokens_per_s == 0.8 and plan.rates == trace.rates(True)
+    positions = trace.positions_per_call(True)
+    assert plan.components == transducer_components(model.config, weights, positions, how)
+    energy = plan.energy(load_profile("mcu"))
+    assert {c.name: c.calls_per_s for c in energy.components} == pytest.approx(
+        {"encoder": 5.0, "predictor": 0.9, "joiner": 3.0, "blank_head": 5.0}
+    )
 
 
 def test_codes_are_bytes_and_their_products_int8() -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from offramp.compress import planner
 from offramp.compress.plan import Choice, CompressionPlan
-from offramp.compress.planner import Budget, Problem, front, solve, solve_by_trying_all
+from offramp.compress.planner import front, solve, solve_by_trying_all
+from offramp.compress.problem import Budget, Candidate, Problem, undominated
+from offramp.energy.placement import Part
 from offramp.errors import InputError
 from toy_plans import NAMES, alike, drawn, increase
 
@@ -59,7 +61,7 @@ def test_a_bound_is_never_above_what_is_bounded() -> None:
 
 def test_what_another_candidate_matches_in_all_is_left_out() -> None:
     rows = [[2, 2], [1, 3], [3, 1], [2, 2], [2, 3], [3, 3], [1, 4], [4, 1]]
-    assert planner.undominated(np.array(rows, float)) == [0, 1, 2]
+    assert undominated(np.array(rows, float)) == [0, 1, 2]
 
 
 def test_equal_sensitivities_give_equal_levels() -> None:
@@ -178,3 +180,42 @@ def test_a_setting_may_better_the_wer() -> None:
     both = replace(problem, candidates=doubled, settings=(*problem.settings, better))
     assert solve(both, Budget(0.0)).chunk_ms == 640.0
     assert solve(both, Budget(-0.01)).wer_increase == -0.01
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plan_that_is_excluded_is_followed_by_the_next_best(seed: int) -> None:
+    """Also where that takes a candidate which is worse than one of the excluded plan in all."""
+    problem = drawn(seed).only(lambda _, c: c.bits < 32 and c.level != 0.5)
+    for budget in (Budget(0.015), Budget(0.05)):
+        left, found = problem, []
+        for _ in range(3):
+            plan = solve(left, budget)
+            assert figures(left, plan) == figures(left, solve_by_trying_all(left, budget))
+            found.append(figures(left, plan))
+            left = left.without(plan)
+        assert found == sorted(found)
+
+
+def layered(candidate: Candidate) -> Candidate:
+    """Its weights in three parts."""
+    costs = []
+    for cost in candidate.costs:
+        (weights, *rest) = cost.parts
+        size = max(1, weights.stored_bytes // 3)
+        layers = [Part(f"layers.{n}", size, size) for n in range(3)]
+        costs.append(replace(cost, parts=(*layers, *rest)))
+    return replace(candidate, costs=tuple(costs))
+
+
+def test_layers_that_do_not_fit_all_together_are_planned_as_well() -> None:
+    split = 0
+    for seed in range(4):
+        problem = drawn(seed).only(lambda _, c: c.bits < 32 and c.level in (0.0, 0.75))
+        encoder = tuple(layered(c) for c in problem.candidates["encoder"])
+        problem = replace(problem, candidates={**problem.candidates, "encoder": encoder})
+        for limit in (0.004, 0.05):
+            plan, slow = (make(problem, Budget(limit)) for make in (solve, solve_by_trying_all))
+            assert figures(problem, plan) == figures(problem, slow)
+            for placed in plan.placements.values():
+                split += len({tier for key, tier in placed.items() if "layers" in key}) > 1
+    assert split > 0, "some layers lie near and some far"

@@ -99,6 +99,23 @@ def test_no_placement_takes_less_energy() -> None:
     assert better > 0 and refused > 0  # so the cases are not all easy ones
 
 
+def test_a_search_that_may_give_up_finds_the_same_or_nothing() -> None:
+    generator = random.Random(2)
+    given_up = 0
+    for _ in range(40):
+        components, calls, profile = drawn(generator)
+        least = least_by_trying_all(components, calls, profile)
+        if least == math.inf:
+            continue
+        found = place(components, calls, profile, at_most=least)
+        assert energy(components, calls, profile, dict(found.tiers)) == pytest.approx(least)
+        if least:
+            with pytest.raises(InputError, match="no placement in the memory of toy takes so"):
+                place(components, calls, profile, at_most=0.999 * least)
+            given_up += 1
+    assert given_up > 10
+
+
 def obvious_rule(
     components: list[Component], calls: dict[str, float], profile: Profile
 ) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from offramp.config import Chunking, TransducerConfig
 from offramp.energy.modelled import modelled_energy
-from offramp.energy.placement import Component, Part
+from offramp.energy.placement import Component, Part, place
 from offramp.energy.profiles import load_profile
 from offramp.energy.trace import StreamTrace
 from offramp.energy.transducer_components import (
@@ -55,13 +57,15 @@ def test_bytes_and_macs_of_every_component() -> None:
     components = made()
     assert list(components) == ["encoder", "predictor", "joiner", "blank_head"]
     encoder = components["encoder"]
-    assert parts(encoder)["weights"] == Part("weights", 4 * ENCODER, 4 * ENCODER)
+    sizes = {"input": 3 * 2, "layers.0": LAYER, "layers.1": LAYER, "output": 4 * 6 + 6 + 2 * 6}
+    assert sum(sizes.values()) == ENCODER
+    assert encoder.parts[:-1] == tuple(Part(n, 4 * size, 4 * size) for n, size in sizes.items())
     left = 2 * 2 * 3 * 4  # two layers, keys and values, of 3 frames
     assert parts(encoder)["cache"] == Part("cache", 4 * left, 4 * left, 4 * 2 * 2 * 2 * 4)
     assert encoder.macs == {"fp32": ENCODER_MACS}
     predictor = components["predictor"]
-    stored, read = 4 * (PREDICTOR + 5 * 4), 4 * (PREDICTOR + 4)
-    assert parts(predictor)["weights"] == Part("weights", stored, read)
+    assert parts(predictor)["embedding"] == Part("embedding", 4 * 5 * 4, 4 * 4)  # reads a row
+    assert parts(predictor)["weights"] == Part("weights", 4 * PREDICTOR, 4 * PREDICTOR)
     assert parts(predictor)["cache"] == Part("cache", 4 * 8, 4 * 8, 4 * 8)  # hidden and cell
     assert predictor.macs == {"fp32": 2 * 4 * 16 + 4 * 6}
     assert components["joiner"] == Component(
@@ -76,7 +80,8 @@ def test_a_call_of_several_hypotheses_reads_its_weights_once() -> None:
     one, more = made(), made({"encoder": 1.0, "predictor": 2.5, "joiner": 4.0, "blank_head": 3.0})
     assert more["encoder"] == one["encoder"]
     predictor = parts(more["predictor"])
-    assert predictor["weights"].read_bytes == 4 * (PREDICTOR + 2.5 * 4)  # a row each
+    assert predictor["embedding"].read_bytes == 4 * 2.5 * 4  # a row each
+    assert predictor["weights"] == parts(one["predictor"])["weights"]
     assert predictor["cache"] == Part("cache", 4 * 20, 4 * 20, 4 * 20)
     assert more["predictor"].macs == {"fp32": 2.5 * (2 * 4 * 16 + 4 * 6)}
     assert parts(more["joiner"]) == parts(one["joiner"])
@@ -86,15 +91,18 @@ def test_a_call_of_several_hypotheses_reads_its_weights_once() -> None:
 def test_what_never_ran_still_lies_in_memory() -> None:
     predictor = made({"predictor": 0.0})["predictor"]
     assert parts(predictor)["cache"] == Part("cache", 32, 0, 0)
-    assert parts(predictor)["weights"].stored_bytes == 4 * (PREDICTOR + 20)
+    assert parts(predictor)["embedding"] == Part("embedding", 80, 0)
+    assert parts(predictor)["weights"].stored_bytes == 4 * PREDICTOR
 
 
 def test_fewer_bits_take_fewer_bytes_of_weights_not_of_caches() -> None:
     full, int4 = made(), made(bits=4)
     for name, component in int4.items():
         ours, theirs = parts(component), parts(full[name])
-        assert ours["weights"].read_bytes == theirs["weights"].read_bytes / 8
-        assert ours.get("cache") == theirs.get("cache")
+        assert list(ours) == list(theirs)
+        for part, theirs_part in theirs.items():
+            bits = 8 if part != "cache" else 1  # of 32 that are 4
+            assert ours[part].read_bytes * bits == pytest.approx(theirs_part.read_bytes, abs=4)
     assert parts(int4["blank_head"])["weights"].stored_bytes == 4  # 3.5: half a byte is a byte
     weights = plain_weights(CONFIG, bits=8, dtype="int8")
     (encoder, *_) = transducer_components(CONFIG, weights, cache_bits=16)
@@ -113,10 +121,27 @@ def test_the_public_reference_takes_the_bytes_that_its_sizes_say() -> None:
 
 
 def test_weights_may_be_given_as_they_are_stored() -> None:
-    held = StoredWeights(100, 60.0, 5.0, {"int8": 30.0, "fp32": 2.0})
+    held = StoredWeights({"embedding": 40, "weights": 60}, 5.0, {"int8": 30.0, "fp32": 2.0})
+    assert (held.stored_bytes, held.read_bytes) == (100, 65.0)
     weights = dict.fromkeys(("encoder", "predictor", "joiner", "blank_head"), held)
-    joiner = transducer_components(CONFIG, weights, {"joiner": 3.0})[2]
-    assert joiner == Component("joiner", (Part("weights", 100, 70.0),), {"int8": 90.0, "fp32": 6.0})
+    predictor = transducer_components(CONFIG, weights, {"predictor": 3.0})[1]
+    assert predictor.parts[:2] == (Part("embedding", 40, 15.0), Part("weights", 60, 60))
+    assert predictor.macs == {"int8": 90.0, "fp32": 6.0}
+
+
+def test_a_near_memory_may_hold_some_of_the_layers() -> None:
+    """Two of three layers of int8, the third read from afar."""
+    config = replace(emformer_rnnt_base(), num_layers=3)
+    components = transducer_components(config, plain_weights(config, bits=8))
+    profile = load_profile("edge45")
+    (shared, dram) = profile.tiers[1:]
+    layer = plain_weights(config, bits=8)["encoder"].parts["layers.0"]
+    size = replace(shared.size_bytes, value=2 * layer + 1000)
+    profile = replace(profile, tiers=(replace(shared, size_bytes=size), dram))
+    calls = {"encoder": 6.25, "predictor": 0.0, "joiner": 0.0}
+    placed = place(components, calls, profile).tiers
+    near = [key for key, tier in placed.items() if tier == "shared"]
+    assert sum("layers" in key for key in near) == 2
 
 
 def test_what_remembers_nothing_has_no_cache() -> None:
@@ -129,7 +154,7 @@ def test_what_remembers_nothing_has_no_cache() -> None:
         }
     )
     components = transducer_components(bare, plain_weights(bare))
-    assert [list(parts(c)) for c in components] == 4 * [["weights"]]
+    assert not any("cache" in parts(c) for c in components)
 
 
 def test_energy_of_a_trace_is_the_reference_s_arithmetic() -> None:
@@ -154,7 +179,7 @@ def test_energy_of_a_trace_is_the_reference_s_arithmetic() -> None:
         cache_bits=8,
     )
     calls = {name: rate.at(tokens / 10) for name, rate in trace.rates().items()}
-    weights = {f"{c.name}.weights": "dram" for c in components}
+    weights = {c.name: "dram" for c in components}
     caches = {c.key(p): "shared" for c in components for p in c.parts if p.name == "cache"}
     energy = modelled_energy(components, calls, load_profile("edge45"), weights | caches)
     mj = {c.name: c.memory_mj_per_audio_s for c in energy.components}

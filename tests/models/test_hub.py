@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -393,10 +394,28 @@ def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="is a file; a checkpoint is a folder"):
         hub.resolve(str(tmp_path / "model.safetensors"))
-    for name in ("no-such-model", "./no/such", "/no/such", "a/b/c"):
-        with pytest.raises(CheckpointError, match=r"no checkpoint .*lm-tiny"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint no-such-model; give .*lm-tiny"):
+        hub.resolve("no-such-model")
+    for name in ("./no", "./no/such", "/no/such", "~/no-such", "a/b/c", "runs/no-such"):
+        with pytest.raises(CheckpointError, match=f"no folder {name}; give .*lm-tiny"):
             hub.resolve(name)
+        with pytest.raises(CheckpointError, match=f"no folder {name}; make it$"):
+            hub.resolve(name, "make it")
     assert hub.resolve(str(tmp_path)) == tmp_path
+    with pytest.raises(CheckpointError, match=r"config.json is missing; give the folder of a"):
+        hub.load_config(tmp_path)
+
+
+def test_the_folder_of_a_run_names_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    assert hub.resolve(str(tmp_path)) == tmp_path, "the run has not ended"
+    hub.save_decoder(toy.decoder(), tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=f"training run; give {tmp_path}/checkpoint$"):
+        hub.resolve(str(tmp_path))
+    hub.save_decoder(toy.decoder(), tmp_path / "m")
+    (tmp_path / "m" / "checkpoint").mkdir()
+    (tmp_path / "m" / "checkpoint" / "config.json").touch()
+    assert hub.resolve(str(tmp_path / "m")) == tmp_path / "m"
 
 
 def test_a_download_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +425,14 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
         raise OSError("no route to host\nand more")
 
     monkeypatch.setattr(hf, "snapshot_download", refuse)
-    with pytest.raises(CheckpointError, match="cannot download a/b: no route to host; check"):
+    said = r"no folder a/b, and it cannot be downloaded \(no route to host\); check"
+    with pytest.raises(CheckpointError, match=said):
+        hub.resolve("a/b")
+
+
+def test_a_download_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match=r"no folder a/b; to download .*offramp\[hub\]"):
         hub.resolve("a/b")
 
 

@@ -21,14 +21,15 @@ from offramp.bench.arms import Progress
 from offramp.bench.asr import AsrData
 from offramp.bench.compress_finetune import finetuner, transducer_recipe
 from offramp.bench.compress_measure import MEASURED, Ear, Measurements, data_sha256
-from offramp.bench.compress_rounds import Session, Tried, search, stored_bytes
+from offramp.bench.compress_rounds import SearchOptions, Session, Tried, search, stored_bytes
 from offramp.bench.stream_profile import ProfileOptions
 from offramp.bench.wer import need_jiwer
 from offramp.compress import baselines
 from offramp.compress.candidates import Heard, Sensitivity, problem_of
 from offramp.compress.checkpoint import companions, save_compressed
 from offramp.compress.plan import CompressionPlan, fingerprint
-from offramp.compress.planner import Budget, Problem, front
+from offramp.compress.planner import front
+from offramp.compress.problem import Budget, Problem
 from offramp.compress.sensitivity import (
     GRIDS,
     NO_INCREASE,
@@ -182,8 +183,9 @@ def run(
     problem, table = None, ""
     if given is None:
         assert options.budget is not None
-        problem, table = _problem(session, options, measured, curve_finetune, on_progress)
-        made, best, tried = search(session, problem, options.budget, options.rounds)
+        problem, table = measured_problem(session, options, measured, curve_finetune, on_progress)
+        how = SearchOptions(options.rounds, bolder=finetune is not None)
+        made, best, tried = search(session.carry_out, problem, options.budget, how)
     else:
         made, best = session.carry_out(given)
         tried = (best,)
@@ -206,15 +208,18 @@ def run(
         MEASURED: measured.to_json(),
     } | ({"sensitivity.csv": table} if table else {})
     with replacing(out) as temporary:  # the measurements make way for the whole
-        save_compressed(finished(made, session.chunking(best.plan.chunk_ms)), temporary, files)
+        chunking = session.chunking(best.plan.chunk_ms)
+        save_compressed(finished(made, chunking, best.plan.blank_skip), temporary, files)
     return report
 
 
-def finished(model: Transducer, chunking: Chunking) -> Transducer:
-    """A copy that hears in these chunks unless told otherwise, without the head for training."""
+def finished(model: Transducer, chunking: Chunking, blank_skip: float | None) -> Transducer:
+    """A copy that, unless told otherwise, hears in these chunks and skips blanks so (None: as
+    `model` does), without the head for training."""
     model = copy.deepcopy(model)
     model.ctc_head = None
-    config = replace(model.config, chunking=chunking, ctc_head=False)
+    skip = model.config.blank_skip if blank_skip is None else blank_skip
+    config = replace(model.config, chunking=chunking, blank_skip=skip, ctc_head=False)
     model.config = model.encoder.config = config
     return model
 
@@ -269,7 +274,21 @@ def _heard(
     return heard
 
 
-def _problem(
+def settings_of(
+    session: Session, chunk_ms: Sequence[float], blank_skips: Sequence[float]
+) -> list[tuple[float, float | None]]:
+    """Every size of chunks with every threshold, the model's own first; a threshold None is its
+    own. InputError: a size that cannot be, refused before the work."""
+    config = session.model.config
+    own, others = config.blank_skip, dict.fromkeys(blank_skips)
+    skips = [skip for skip in others if skip != own] if config.factorised_blank else []
+    sizes = dict.fromkeys((session.own_ms, *chunk_ms))
+    for size in sizes:
+        session.chunking(size)
+    return list(product(sizes, (None, *skips)))
+
+
+def measured_problem(
     session: Session,
     options: CompressOptions,
     measured: Measurements,
@@ -278,11 +297,7 @@ def _problem(
 ) -> tuple[Problem, str]:
     """What there is to choose from, and a table of what was measured for it."""
     assert options.budget is not None
-    skips = options.blank_skips if session.model.config.factorised_blank else ()
-    sizes = dict.fromkeys((session.own_ms, *options.chunk_ms))
-    for chunk_ms in sizes:
-        session.chunking(chunk_ms)  # one that cannot be is refused before the work
-    settings = list(product(sizes, (None, *skips)))
+    settings = settings_of(session, options.chunk_ms, options.blank_skips)
     total = len(settings) + sum(grid.size for grid in options.grids.values())
     heard, done = [], 0
 

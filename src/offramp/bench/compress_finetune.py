@@ -1,7 +1,8 @@
 """Fine-tuning a pruned transducer by the recipe that trained it: its data, its losses, its zeros.
 
 The joiner that finds the windows of the pruned loss is not in a checkpoint, and untrained it would
-mislead the model; so here the loss is exact. Steps are a tenth as long as at the recipe's peak.
+mislead the model; so here the loss is exact. A model that no longer has its CTC head does without
+that loss. Steps are a tenth as long as at the recipe's peak.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def finetuner(
         reader = TransducerReader(FeatureConfig(num_mels=model.config.num_mels), tokenizer)
         sources = recipe.sources(config.seed)
         settings = recipe.settings(sources) | {"start": start}
-        training = replace(recipe.training, window=0, ramp_steps=0)
+        ctc = 0.0 if model.ctc_head is None else recipe.training.ctc
+        training = replace(recipe.training, window=0, ramp_steps=0, ctc=ctc)
         with recipe.batches(sources, reader, config) as batches, zeros_held(model):
             task = TransducerTask(model, batches, training, config.seed)
             for _ in train(task, config, state, settings):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.audio.io import read_audio
+from offramp.bench.equal_time import pooled
 from offramp.bench.wer import Edits, error_rate, paired_difference, word_edits
 from offramp.compress.candidates import Heard
 from offramp.compress.plan import Choice
@@ -34,7 +35,8 @@ TRACED_S = 120.0  # of audio that is really streamed, to count what runs
 
 
 class Ear:
-    """Hears development utterances with a model. `wer` is that of the model as it was.
+    """Hears development utterances with a model. `wer` is that of the model as it was, `own` what
+    it made of each utterance.
 
     DataError: there are too few.
     """
@@ -43,8 +45,8 @@ class Ear:
         self, model: Transducer, pieces: Sequence[str], utterances: Sequence[Utterance]
     ) -> None:
         self.pieces, self._utterances = tuple(pieces), tuple(utterances)
-        self._own = self._edits(model, StreamOptions())
-        found = error_rate(self._own)
+        self.own = self.edits(model, StreamOptions())
+        found = error_rate(self.own)
         if found.rate is None or found.ci95 is None:
             raise DataError(
                 f"{len(self._utterances)} utterances are too few for a WER with an interval; give "
@@ -54,7 +56,12 @@ class Ear:
 
     def increase(self, model: Transducer, options: StreamOptions) -> Increase:
         """WER beyond that of the model as it was, as it streams without options."""
-        apart = paired_difference(self._edits(model, options), self._own)
+        return self.increase_of([self.edits(model, options)])
+
+    def increase_of(self, edits: Sequence[Sequence[Edits]]) -> Increase:
+        """The same of several models together, such as those of several seeds, by what each
+        made of all utterances."""
+        apart = paired_difference(pooled(edits), pooled([self.own] * len(edits)))
         assert apart.difference is not None and apart.ci95 is not None, "as for the model's own"
         return Increase(apart.difference, apart.ci95)
 
@@ -69,7 +76,8 @@ class Ear:
             trace += stream.trace
         return trace
 
-    def _edits(self, model: Transducer, options: StreamOptions) -> list[Edits]:
+    def edits(self, model: Transducer, options: StreamOptions) -> list[Edits]:
+        """Of each utterance."""
         plan = StreamPlan(model, self.pieces, options)
         written = [_normal(plan.read_whole(read_audio(u.path))) for u in self._utterances]
         return word_edits([u.text for u in self._utterances], written)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from offramp.bench.compress_measure import Ear
 from offramp.bench.stream_profile import energies
 from offramp.compress.components import stored_weights
 from offramp.compress.plan import CompressionPlan, pruned, quantised
-from offramp.compress.planner import Budget, Problem, solve
+from offramp.compress.planner import solve
+from offramp.compress.problem import Budget, Problem
 from offramp.compress.sensitivity import Increase
 from offramp.config import Chunking
 from offramp.decoding.stream_plan import StreamOptions, StreamPlan
@@ -86,10 +88,27 @@ class Session:
         return made, tried
 
 
+Made = TypeVar("Made")
+Rule = Callable[[Problem, Budget], CompressionPlan]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """rounds: plans carried out at most. rule: chooses a plan. bolder: whether one that kept to
+    the budget is followed by another that spends what it left, as after fine-tuning there is."""
+
+    rounds: int = 3
+    rule: Rule = solve
+    bolder: bool = False
+
+
 def search(
-    session: Session, problem: Problem, budget: Budget, rounds: int
-) -> tuple[Transducer, Tried, tuple[Tried, ...]]:
-    """(the best model within the budget, what it gives, all that was tried).
+    carry_out: Callable[[CompressionPlan], tuple[Made, Tried]],
+    problem: Problem,
+    budget: Budget,
+    options: SearchOptions = SearchOptions(),
+) -> tuple[Made, Tried, tuple[Tried, ...]]:
+    """(what was made of the best plan within the budget, what it gives, all that was tried).
 
     What a plan really spends beyond its prediction is taken off the next one's budget, and what it
     spares is given to it: fine-tuned models mostly do better than curves of models that were not.
@@ -99,21 +118,21 @@ def search(
     limit = budget.max_wer_increase if by_wer else budget.max_mj_per_audio_s
     assert limit is not None
     tried: list[Tried] = []
-    best: tuple[float, Transducer, Tried] | None = None
+    best: tuple[float, Made, Tried] | None = None
     aim = limit
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         try:
-            plan = solve(problem, Budget(aim) if by_wer else Budget(None, aim))
+            plan = options.rule(problem, Budget(aim) if by_wer else Budget(None, aim))
         except InputError:
             if not tried:
                 raise
             break
         if any(t.plan == plan for t in tried):
             break
-        made, now = session.carry_out(plan)
+        made, now = carry_out(plan)
         tried.append(now)
         spent, predicted = now.increase.value, plan.wer_increase
-        rank = max(mj / problem.dense_mj[name] for name, mj in now.mj_per_audio_s.items())
+        rank = worst_ratio(now, problem)
         if not by_wer:
             rank = spent
             spent = max(now.mj_per_audio_s.values())
@@ -121,14 +140,21 @@ def search(
         if spent <= limit:
             if best is None or rank < best[0]:
                 best = rank, made, now
-            if session.finetune is None:
+            if not options.bolder:
                 break
+        else:
+            problem = problem.without(plan)  # whatever is predicted, it will not keep to it
         aim = limit - (spent - predicted)
         if aim <= 0 < limit:  # so far off that nothing would be left
             aim = predicted * limit / spent
     if best is None:
         raise _missed(tried, limit, by_wer)
     return best[1], best[2], tuple(tried)
+
+
+def worst_ratio(tried: Tried, problem: Problem) -> float:
+    """Energy over that of the model as it was, on the profile where this is worst."""
+    return max(mj / problem.dense_mj[name] for name, mj in tried.mj_per_audio_s.items())
 
 
 def _missed(tried: Sequence[Tried], limit: float, by_wer: bool) -> InputError:

@@ -5,7 +5,8 @@ counted, CPU time is measured from features to text, leaving at that exit, with 
 Three test sets: takes unseen in training, of voices that were heard in it; the same under noise,
 reverberation and the rest of training's augmentation; and a voice that was held out. Strings are
 made of few takes, so an arm that fails on one take fails often: intervals resample strings, as
-usual, and takes, which is the harder test. The runs come from recipes/splitformer_ablation.py.
+usual, and takes, which is the harder test. The runs come from recipes/splitformer_ablation.py;
+those in the repository keep their weights in 8 bits.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from offramp.bench.equal_time import (
     gap,
     pooled,
 )
-from offramp.bench.splitformer_arms import ARMS
+from offramp.bench.splitformer_arms import COMPARED
 from offramp.bench.wer import Edits, need_jiwer, word_edits
-from offramp.config import check_counts
+from offramp.config import EncoderConfig, check_counts
 from offramp.data.augment_audio import AudioAugmentation
 from offramp.data.speech import DigitString, connected_digits
 from offramp.decoding.ctc import greedy, text
@@ -52,7 +53,7 @@ from offramp.recognizer import Recognizer
 RUNS = Path("runs/splitformer-ablation")
 OURS, BASELINES = "ours", ("early_exit", "splitformer")
 MAIN = "unseen_takes"  # of the test sets
-_SEED = 1  # of the strings; training looks at those of seed 0
+_SEED = 2  # of the strings; training looked at those of seed 0, the choice of ours at those of 1
 _BATCH_STRINGS = 16  # as much work per call as one utterance is for an encoder of full size
 
 
@@ -62,7 +63,7 @@ class SplitformerOptions:
     voice that was held out. rounds: of timing."""
 
     runs: Path = RUNS
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = COMPARED
     strings: int = 1200
     held_out_strings: int = 600
     rounds: int = 60
@@ -152,15 +153,15 @@ def run(
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
-    first = {arm: models[arm, min(by_seed)].encoder for arm, by_seed in folders.items()}
+    towers = {arm: _tower(models[arm, min(by_seed)]) for arm, by_seed in folders.items()}
     times = cpu_times(
-        first,
+        towers,
         sets[MAIN].spread(),
         options.rounds,
         None if on_progress is None else lambda n, _: on_progress(done + n, total),
     )
     seeds = tuple(next(iter(folders.values())))
-    return _report(first, sets, times, seeds)
+    return _report(towers, sets, times, seeds)
 
 
 # -- runs ----------------------------------------------------------------------------------------
@@ -261,6 +262,13 @@ def _written(model: Recognizer, features: Tensor, lengths: Tensor) -> dict[int, 
 
 
 # -- time ----------------------------------------------------------------------------------------
+
+
+def _tower(model: Recognizer) -> CTCEncoder:
+    """Its shape in float32: the shipped runs have weights of 8 bits, and time knows no weights."""
+    config = model.config
+    assert isinstance(config, EncoderConfig)
+    return CTCEncoder(config).eval()
 
 
 @torch.inference_mode()

@@ -13,13 +13,12 @@ from typing import Any
 
 from offramp.audio.io import Source
 from offramp.audio.live import open_source
-from offramp.compress.components import stored_weights
+from offramp.compress.components import as_run
 from offramp.decoding.stream_plan import StreamOptions, StreamPlan
 from offramp.energy.meter import Measured, cpu_meter, gpu_meter
-from offramp.energy.modelled import ModelledEnergy, modelled_energy
+from offramp.energy.modelled import ModelledEnergy
 from offramp.energy.profiles import SHIPPED, Profile, load_profile
 from offramp.energy.trace import StreamTrace
-from offramp.energy.transducer_components import transducer_components
 from offramp.errors import InputError
 from offramp.results import ratio
 from offramp.stream_events import Event, Latency
@@ -126,14 +125,5 @@ def energies(
     plan: StreamPlan, trace: StreamTrace, profiles: Sequence[Profile]
 ) -> tuple[ModelledEnergy, ...]:
     """Modelled energy of what `trace` counted of streams with `plan`, on each of `profiles`."""
-    config, blank_head = plan.model.config, plan.model.config.factorised_blank
-    components = transducer_components(
-        config,
-        stored_weights(plan.model, plan.chunking),
-        trace.positions_per_call(blank_head),
-        plan.chunking,
-        cache_bits=8 * plan.model.dtype.itemsize,
-    )
-    tokens_per_s = trace.per_s()["tokens"]
-    calls = {name: rate.at(tokens_per_s) for name, rate in trace.rates(blank_head).items()}
-    return tuple(modelled_energy(components, calls, profile) for profile in profiles)
+    ran = as_run(plan.model, trace, plan.chunking)
+    return tuple(ran.energy(profile) for profile in profiles)

@@ -122,11 +122,15 @@ def _count(length: int, chunks: Sequence[Any]) -> Edits:
 
 
 def error_rate(edits: Sequence[Edits], bootstrap: Bootstrap = Bootstrap()) -> ErrorRate:
-    """The rate over all utterances, and its interval from resampled utterances."""
+    """The rate over all utterances, and its interval from resampled utterances.
+
+    No interval below `_LEAST_UTTERANCES`.
+    """
+    enough = len(edits) >= _LEAST_UTTERANCES
     length = sum(e.length for e in edits)
     return ErrorRate(
         rate=ratio(sum(e.errors for e in edits), length),
-        ci95=_interval([e.errors for e in edits], edits, bootstrap),
+        ci95=_interval([e.errors for e in edits], edits, bootstrap) if enough else None,
         substitutions=sum(e.substitutions for e in edits),
         deletions=sum(e.deletions for e in edits),
         insertions=sum(e.insertions for e in edits),
@@ -158,11 +162,10 @@ def _interval(
 ) -> tuple[float, float] | None:
     """2.5 % and 97.5 % quantiles of errors / length over resampled utterances.
 
-    Resamples that drew empty references alone have no rate and are left out. None below
-    `_LEAST_UTTERANCES`.
+    Resamples that drew empty references alone have no rate and are left out.
     """
     top, bottom = np.array(errors, float), np.array([e.length for e in edits], float)
-    if not bottom.sum() or len(edits) < _LEAST_UTTERANCES:
+    if not bottom.sum():
         return None
     draw, rates = np.random.default_rng(bootstrap.seed), []
     for _ in range(bootstrap.resamples):

@@ -14,7 +14,8 @@ from functools import reduce
 import numpy as np
 
 from offramp.compress.plan import FULL_BITS, CompressionPlan
-from offramp.compress.planner import Budget, Candidate, Pick, Problem, undominated, unmeetable
+from offramp.compress.planner import unmeetable
+from offramp.compress.problem import Budget, Candidate, Pick, Problem
 from offramp.energy.placement import Part
 from offramp.energy.profiles import Profile, Tier
 from offramp.errors import InputError
@@ -44,18 +45,18 @@ def size_optimal(problem: Problem, max_wer_increase: float) -> CompressionPlan:
         np.array([[c.increase.value, c.stored_bytes] for c in some], float)
         for some in problem.candidates.values()
     ]
-    kept = [undominated(some) for some in rows]
+    kept = [problem.needed(name, some) for name, some in zip(problem.candidates, rows, strict=True)]
     increases, sizes = ([r[k, n] for r, k in zip(rows, kept, strict=True)] for n in (0, 1))
     start = problem.settings[0].increase.value
     increase = reduce(np.add.outer, [start + increases[0], *increases[1:]])
     size = reduce(np.add.outer, sizes)
     allowed = np.flatnonzero(increase <= max_wer_increase + _SLACK)
-    if not len(allowed):
-        raise unmeetable(problem, Budget(max_wer_increase))
-    best = allowed[np.lexsort((increase.flat[allowed], size.flat[allowed]))[0]]
-    at = np.unravel_index(best, size.shape)
-    pick = Pick(0, tuple(some[int(n)] for some, n in zip(kept, at, strict=True)))
-    return problem.plan(pick, "size_optimal")
+    for number in allowed[np.lexsort((increase.flat[allowed], size.flat[allowed]))]:
+        at = np.unravel_index(number, size.shape)
+        pick = Pick(0, tuple(some[int(n)] for some, n in zip(kept, at, strict=True)))
+        if problem.allows(pick):
+            return problem.plan(pick, "size_optimal")
+    raise unmeetable(problem, Budget(max_wer_increase))
 
 
 def paper_rule(problem: Problem, max_wer_increase: float) -> CompressionPlan:
@@ -89,7 +90,8 @@ def _best_step(
         for number, candidate in enumerate(problem.candidates[name]):
             gain = power[name][now] - power[name][number]
             changed = Pick(0, (*pick.candidates[:at], number, *pick.candidates[at + 1 :]))
-            if gain <= 0 or problem.increase(changed) > max_wer_increase + _SLACK:
+            beyond = problem.increase(changed) > max_wer_increase + _SLACK
+            if gain <= 0 or beyond or not problem.allows(changed):
                 continue
             loss = candidate.increase.value - before
             score = (gain / loss if loss > 0 else math.inf, gain)
@@ -130,7 +132,9 @@ def _least_energy(
             "measure that method on every component"
         )
     picks += _alike(problem, method, {})
-    allowed = [p for p in picks if problem.increase(p) <= max_wer_increase + _SLACK]
+    allowed = [
+        p for p in picks if problem.increase(p) <= max_wer_increase + _SLACK and problem.allows(p)
+    ]
     if not allowed:
         raise unmeetable(problem, Budget(max_wer_increase))
     return problem.plan(min(allowed, key=lambda pick: _rank(problem, pick)), made_by)

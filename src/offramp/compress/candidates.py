@@ -14,10 +14,10 @@ from itertools import groupby
 
 import torch
 
-from offramp.compress.components import stored_weights
+from offramp.compress.components import stored_by_chunking, stored_weights
 from offramp.compress.method import modules_of
 from offramp.compress.plan import MODULES, Choice, fingerprint, pruned, quantised
-from offramp.compress.planner import Candidate, Problem, Setting
+from offramp.compress.problem import Candidate, Problem, Setting
 from offramp.compress.prune import WITH_WEIGHT, Weighted
 from offramp.compress.sensitivity import NO_INCREASE, Curve, Increase, Point
 from offramp.config import Chunking
@@ -70,7 +70,7 @@ def problem_of(
     if not heard:
         raise InputError("no setting is given; give at least the model's own")
     chunkings = dict.fromkeys(h.chunking for h in heard)
-    dense = {chunking: stored_weights(model, chunking) for chunking in chunkings}
+    dense = stored_by_chunking(model, chunkings)
     thresholds = global_levels(model, levels)
     wanted = _wanted(sensitivity, levels, thresholds)
     total, done = sum(map(len, wanted.values())), 0
@@ -167,9 +167,9 @@ def _stored(
     small: Transducer, chunkings: Sequence[Chunking], in_all: bool
 ) -> dict[Chunking, dict[str, StoredWeights]]:
     """By chunking, which only an encoder knows of; without it one is like another."""
-    first = stored_weights(small, chunkings[0])
-    rest = chunkings[1:]
-    return {chunkings[0]: first} | {c: stored_weights(small, c) if in_all else first for c in rest}
+    if in_all:
+        return stored_by_chunking(small, chunkings)
+    return dict.fromkeys(chunkings, stored_weights(small, chunkings[0]))
 
 
 def _costs(

@@ -85,10 +85,10 @@ class CompressionPlan:
     """Choices by component, and what they are predicted to give.
 
     made_by: `exact`, or a baseline's name. model: its `fingerprint`. blank_skip: as in
-    `StreamOptions`. wer, wer_increase: shares of the words, the increase over the model as it was
-    and with its 95 % interval. stored_bytes: of the components that run, without the joiner's
-    scorer of the blank or a head for training. modelled_mj_per_audio_s, placements: by hardware
-    profile; a placement is a tier by `component.part`.
+    `StreamOptions`, None: the model's own. wer, wer_increase: shares of the words, the increase
+    over the model as it was and with its 95 % interval. stored_bytes: of the components that run,
+    without the joiner's scorer of the blank or a head for training. modelled_mj_per_audio_s,
+    placements: by hardware profile; a placement is a tier by `component.part`.
     """
 
     made_by: str

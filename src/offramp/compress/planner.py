@@ -1,202 +1,39 @@
 """The planner: which choice for each component, chunk and blank threshold take the least energy.
 
-Exact over components x choices x settings x placement in tiers. The WER is taken to be additive:
-a setting's increase plus that of each component alone; how far that is off shows when a plan is
-carried out. Energy is not additive, since components compete for the near memory. But it is never
-less than if each had all of it to itself: that bound, which is additive, ranks the combinations,
-and only those whose bound is below the best found are placed.
+Exact over components x choices x settings x placement in tiers. The WER is additive (problem.py).
+Energy is not, since parts compete for the near memories. But it is never less than if each byte
+there could be had at a price, with what all of them cost given back: that bound (Lagrange's) is
+additive at any price, and the highest of a few ranks the combinations. Only those whose bound is
+below the best found are placed.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from offramp.compress.plan import MODULES, Choice, CompressionPlan
-from offramp.compress.sensitivity import Increase
-from offramp.energy.modelled import modelled_energy
+from offramp.compress.plan import CompressionPlan
+from offramp.compress.problem import (
+    PJ_PER_MJ,
+    Budget,
+    Candidate,
+    Floats,
+    Pick,
+    Problem,
+    idle_mj,
+    mac_pj,
+)
 from offramp.energy.placement import Component
 from offramp.energy.profiles import Profile
 from offramp.errors import InputError
 
-_PJ_PER_MJ = 1e9
 _SLACK = 1e-12  # sums of floats in another order; relative for energies, absolute for WER
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to store a component. costs: what it then is to the energy model, by setting."""
-
-    choice: Choice
-    increase: Increase
-    costs: tuple[Component, ...]
-
-    @property
-    def stored_bytes(self) -> int:
-        """Of the weights, which no call writes."""
-        return sum(part.stored_bytes for part in self.costs[0].parts if not part.written_bytes)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to run a stream. increase: over the first setting, of the model as it was."""
-
-    chunk_ms: float
-    blank_skip: float | None
-    increase: Increase
-    calls_per_s: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """One of both. max_wer_increase: a share of the words, over the model as it was, in its own
-    setting. max_mj_per_audio_s: on every hardware profile of the problem."""
-
-    max_wer_increase: float | None = None
-    max_mj_per_audio_s: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [v for v in (self.max_wer_increase, self.max_mj_per_audio_s) if v is not None]
-        if len(given) != 1:
-            raise InputError(
-                "give one budget: the WER increase that is allowed at most, or the energy"
-            )
-        if not math.isfinite(given[0]):
-            raise InputError(f"the budget is {given[0]}; it must be a number")
-
-
-@dataclass(frozen=True)
-class Pick:
-    """One combination: numbers of its setting and of each component's candidate."""
-
-    setting: int
-    candidates: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a pick gives. ratio: energy over that of the model as it was, on the hardware profile
-    where this is worst."""
-
-    increase: float
-    ratio: float
-    stored_bytes: int
-    mj_per_audio_s: Mapping[str, float]
-    placements: Mapping[str, Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """All that a plan is chosen from; build it with `of`.
-
-    model: its fingerprint. wer: of the model as it was. candidates: by component. dense_mj: energy
-    per audio second of the model as it was, by hardware profile. global_levels: what one threshold
-    over all components takes from each, for rising thresholds.
-    """
-
-    model: str
-    wer: float
-    candidates: Mapping[str, tuple[Candidate, ...]]
-    settings: tuple[Setting, ...]
-    profiles: tuple[Profile, ...]
-    dense_mj: Mapping[str, float]
-    global_levels: tuple[Mapping[str, float], ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        model: str,
-        wer: float,
-        candidates: Mapping[str, tuple[Candidate, ...]],
-        settings: tuple[Setting, ...],
-        profiles: tuple[Profile, ...],
-    ) -> Self:
-        """The first candidates and the first setting are the model as it was."""
-        problem = cls(model, wer, candidates, settings, profiles, {p.name: 1.0 for p in profiles})
-        dense = problem.outcome(Pick(0, (0,) * len(candidates))).mj_per_audio_s
-        if not all(dense.values()):
-            raise InputError("the recordings made nothing run; give some with speech in them")
-        return replace(problem, dense_mj=dense)
-
-    def only(
-        self,
-        choices: Callable[[str, Choice], bool] = lambda component, choice: True,
-        settings: Callable[[Setting], bool] = lambda setting: True,
-    ) -> Problem:
-        """With fewer candidates or settings, against the same model as it was. Components that
-        are always stored alike keep their candidate. InputError: nothing is left."""
-        kept = [n for n, setting in enumerate(self.settings) if settings(setting)]
-        left = {}
-        for name, all_of in self.candidates.items():
-            some = [c for c in all_of if len(all_of) == 1 or choices(name, c.choice)]
-            if not some or not kept:
-                raise InputError(f"nothing is left to choose from for {name}; allow more")
-            left[name] = tuple(replace(c, costs=tuple(c.costs[n] for n in kept)) for c in some)
-        return replace(self, candidates=left, settings=tuple(self.settings[n] for n in kept))
-
-    def chosen(self, pick: Pick) -> dict[str, Candidate]:
-        numbers = zip(self.candidates.items(), pick.candidates, strict=True)
-        return {name: candidates[n] for (name, candidates), n in numbers}
-
-    def increase(self, pick: Pick) -> float:
-        chosen = self.chosen(pick).values()
-        return reduce(
-            lambda total, c: total + c.increase.value,
-            chosen,
-            self.settings[pick.setting].increase.value,
-        )
-
-    def outcome(self, pick: Pick, give_up: float = math.inf) -> Outcome:
-        """Of `pick`, each component placed where all together take least; the ratio is infinite
-        once it is beyond `give_up` on one profile. InputError: no room."""
-        chosen, setting = self.chosen(pick), self.settings[pick.setting]
-        costs = [candidate.costs[pick.setting] for candidate in chosen.values()]
-        mj, placements, ratio = {}, {}, 0.0
-        for profile in self.profiles:
-            energy = modelled_energy(costs, setting.calls_per_s, profile)
-            mj[profile.name] = energy.mj_per_audio_s
-            placements[profile.name] = energy.placement
-            ratio = max(ratio, energy.mj_per_audio_s / self.dense_mj[profile.name])
-            if ratio > give_up:
-                ratio = math.inf
-                break
-        stored = sum(candidate.stored_bytes for candidate in chosen.values())
-        return Outcome(self.increase(pick), ratio, stored, mj, placements)
-
-    def plan(self, pick: Pick, made_by: str) -> CompressionPlan:
-        """What the pick means, with its predictions. Intervals are those of independent errors."""
-        chosen, setting, found = self.chosen(pick), self.settings[pick.setting], self.outcome(pick)
-        parts = [setting.increase, *(candidate.increase for candidate in chosen.values())]
-        half = math.hypot(*(part.half_width for part in parts))
-        return CompressionPlan(
-            made_by=made_by,
-            model=self.model,
-            choices={n: c.choice for n, c in chosen.items() if n in MODULES},
-            chunk_ms=setting.chunk_ms,
-            blank_skip=setting.blank_skip,
-            wer=self.wer + found.increase,
-            wer_increase=found.increase,
-            wer_increase_ci95=(found.increase - half, found.increase + half),
-            stored_bytes=found.stored_bytes,
-            modelled_mj_per_audio_s=found.mj_per_audio_s,
-            placements=found.placements,
-        )
-
-    def picks(self) -> Iterator[Pick]:
-        """Every combination."""
-        numbers = [range(len(candidates)) for candidates in self.candidates.values()]
-        for setting in range(len(self.settings)):
-            for pick in itertools.product(*numbers):
-                yield Pick(setting, pick)
 
 
 def solve(problem: Problem, budget: Budget) -> CompressionPlan:
@@ -303,14 +140,13 @@ def _key(
 ) -> tuple[Any, ...] | None:
     """By which picks are compared; None: not allowed, or its ratio is beyond `give_up`."""
     increase = problem.increase(pick)
-    if goal.max_increase is not None and not goal.allows(increase, None):
+    beyond = goal.max_increase is not None and not goal.allows(increase, None)
+    if beyond or not problem.allows(pick):
         return None
     try:
         found = problem.outcome(pick, give_up)
     except InputError:
-        return None  # no memory of a profile has room for it
-    if found.ratio == math.inf:
-        return None
+        return None  # no room in the memory of a profile, or too much energy
     top = max(found.mj_per_audio_s.values())
     if not goal.allows(increase, top):
         return None
@@ -344,67 +180,88 @@ def _search(problem: Problem, goal: _Goal) -> Pick | None:
 
 
 def _worth_trying(problem: Problem, setting: int, name: str) -> list[int]:
-    """Numbers of the candidates that no other one matches in WER, bytes and products alike: these
-    are never needed, wherever all lies."""
+    """Numbers of the candidates that no other one matches in WER, bytes and products alike, which
+    wherever all lies would do as well."""
     rows = []
     for candidate in problem.candidates[name]:
         component = candidate.costs[setting]
         row = [candidate.increase.value]
         for part in component.parts:
             row += [part.stored_bytes, part.read_bytes, part.written_bytes]
-        row += [_mac_pj(component, profile) for profile in problem.profiles]
+        row += [mac_pj(component, profile) for profile in problem.profiles]
         rows.append(row)
-    return undominated(np.array(rows))
-
-
-def undominated(rows: Floats) -> list[int]:
-    """Numbers of rows [N, K] that no other row is at most as large as in every column; of equal
-    rows the first."""
-    kept: list[int] = []
-    # A row can only be matched by one that comes before it in this order.
-    for n in np.lexsort((np.arange(len(rows)), *rows.T[::-1])):
-        if not bool((rows[kept] <= rows[n]).all(axis=1).any()):
-            kept.append(int(n))
-    return sorted(kept)
+    return problem.needed(name, np.array(rows))
 
 
 def _bounds(
     problem: Problem, setting: int, kept: Sequence[Sequence[int]]
 ) -> tuple[Floats, Floats, Floats]:
     """Of every combination of those `kept`, an axis per component: WER increase (exact), worst
-    ratio and highest energy in mJ if every part had the nearest memory that holds it to itself."""
-    calls = problem.settings[setting].calls_per_s
-    start = problem.settings[setting].increase.value
+    ratio and highest energy in mJ, neither above what any placement takes."""
     lists = {
         name: [problem.candidates[name][n] for n in numbers]
         for name, numbers in zip(problem.candidates, kept, strict=True)
     }
+    start = problem.settings[setting].increase.value
     values = [np.array([c.increase.value for c in some]) for some in lists.values()]
     increase = reduce(np.add.outer, [start + values[0], *values[1:]])
     ratio = top = np.zeros(())
     for profile in problem.profiles:
-        least = [
-            np.array([calls[name] * _least_pj(c.costs[setting], profile) for c in some])
-            for name, some in lists.items()
-        ]
-        mj = reduce(np.add.outer, least) * ((1 - _SLACK) / _PJ_PER_MJ)
-        mj += profile.idle_mw.value if profile.idle_mw else 0.0
+        mj = _least_mj(problem, setting, lists, profile)
         top = np.maximum(top, mj)
         ratio = np.maximum(ratio, mj / problem.dense_mj[profile.name])
     return increase, ratio, top
 
 
-def _least_pj(component: Component, profile: Profile) -> float:
-    """Of a call, if every part lies in the cheapest tier that could hold it alone."""
-    memory = [
-        min((part.pj_per_call(t) for t in profile.tiers if part.fits(t)), default=math.inf)
-        for part in component.parts
+def _least_mj(
+    problem: Problem, setting: int, lists: Mapping[str, Sequence[Candidate]], profile: Profile
+) -> Floats:
+    """The highest bound over prices: each part lies where traffic and rent together are least,
+    and the rent of all near memory is given back."""
+    calls = problem.settings[setting].calls_per_s
+    made = {name: [c.costs[setting] for c in some] for name, some in lists.items()}
+    products = [
+        np.array([calls[name] * mac_pj(c, profile) for c in some]) for name, some in made.items()
     ]
-    return math.fsum([*memory, _mac_pj(component, profile)])
+    parts = [_traffic(some, calls[name], profile) for name, some in made.items()]
+    sizes = np.array([min(tier.size, 1e18) for tier in profile.tiers])
+    best: Floats | None = None
+    for prices in _prices(calls, profile):
+        least = [
+            fixed + (pj + stored[:, :, None] * prices).min(2).sum(1)
+            for fixed, (stored, pj) in zip(products, parts, strict=True)
+        ]
+        rent = float(sizes @ prices)
+        found = reduce(np.add.outer, least) * (1 - _SLACK) - rent * (1 + _SLACK)
+        best = found if best is None else np.maximum(best, found, out=best)
+    assert best is not None
+    return best / PJ_PER_MJ + idle_mj(profile)
 
 
-def _mac_pj(component: Component, profile: Profile) -> float:
-    return math.fsum(n * profile.mac_pj[dtype].value for dtype, n in component.macs.items())
+def _traffic(
+    components: Sequence[Component], calls: float, profile: Profile
+) -> tuple[Floats, Floats]:
+    """(stored bytes of each part [N, P], pJ per second in each tier [N, P, T]); infinite where it
+    does not fit, and 0 where a component has fewer parts than others."""
+    count = max(len(component.parts) for component in components)
+    stored = np.zeros((len(components), count))
+    pj = np.zeros((*stored.shape, len(profile.tiers)))
+    for n, component in enumerate(components):
+        for p, part in enumerate(component.parts):
+            stored[n, p] = part.stored_bytes
+            for t, tier in enumerate(profile.tiers):
+                pj[n, p, t] = calls * part.pj_per_call(tier) if part.fits(tier) else math.inf
+    return stored, pj
+
+
+def _prices(calls: Mapping[str, float], profile: Profile) -> Iterator[Floats]:
+    """Of a byte in each tier [T], in pJ per second. Any do; the best are those at which a part that
+    is read whole, so often, might as well lie in the next tier."""
+    steps = np.diff([tier.read_pj_per_byte.value for tier in profile.tiers])
+    rates = sorted({0.0, *calls.values()})
+    for chosen in itertools.combinations_with_replacement(rates[::-1], len(steps)):
+        rents = np.array(chosen) * steps  # what is read most lies nearest
+        yield np.append(np.cumsum(rents[::-1])[::-1], 0.0)
 
 
 def _least_increase(problem: Problem) -> float:

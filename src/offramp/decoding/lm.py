@@ -93,7 +93,7 @@ class WordScorerOptions:
     added per hotword found.
     """
 
-    lm_weight: float = 0.5
+    lm_weight: float = 0.4
     word_score: float = 2.0
     oov_score: float = -8.0
     hotword_score: float = 6.0

@@ -127,16 +127,18 @@ def place(
     calls_per_s: Mapping[str, float],
     profile: Profile,
     max_nodes: int = MAX_NODES,
+    at_most: float = math.inf,
 ) -> Placement:
     """The placement of least energy, or the best found within `max_nodes` steps of the search.
 
     The first one found, and the only one with `max_nodes` 0, is the obvious rule's: most energy
     per stored byte first, into the nearest tier that has room (before all else, though, what must
-    not lie in the far tier, since that is read only). calls_per_s: by component. InputError: no
-    room was found.
+    not lie in the far tier, since that is read only). calls_per_s: by component. at_most: pJ per
+    second of traffic; a search that need not find more than it ends sooner. InputError: no room
+    was found, or none within that.
     """
     items = _items(components, calls_per_s, profile)
-    tiers, exact = _search(items, profile, max_nodes)
+    tiers, exact = _search(items, profile, max_nodes, at_most)
     return Placement(
         {i.key: profile.tiers[t].name for i, t in zip(items, tiers, strict=True)}, exact
     )
@@ -166,7 +168,9 @@ def _least_pj(tier: Tier) -> float:
     return min(tier.read_pj_per_byte.value, write.value if write else math.inf)
 
 
-def _search(items: list[_Item], profile: Profile, max_nodes: int) -> tuple[list[int], bool]:
+def _search(
+    items: list[_Item], profile: Profile, max_nodes: int, at_most: float
+) -> tuple[list[int], bool]:
     """Depth first, nearest tier first, so that the first leaf is the obvious rule's."""
     # Room that no sum of parts fills is no room: it would only keep the bound from closing.
     unit = math.gcd(*(item.part.stored_bytes for item in items)) or 1
@@ -175,7 +179,7 @@ def _search(items: list[_Item], profile: Profile, max_nodes: int) -> tuple[list[
     )
     rest = [sorted(items[at:], key=lambda i: -i.density) for at in range(len(items) + 1)]
     best: list[int] | None = None
-    best_pj, nodes = math.inf, 0
+    best_pj, nodes = at_most * (1 + 1e-9), 0
     stack: list[tuple[float, tuple[float, ...], list[int]]] = [(0.0, sizes, [])]
     while stack:
         pj, free, taken = stack.pop()
@@ -190,9 +194,11 @@ def _search(items: list[_Item], profile: Profile, max_nodes: int) -> tuple[list[
         if nodes > max_nodes + len(items) + MAX_NODES:
             break
         stack.extend(reversed(list(_children(items, pj, free, taken))))
-    if best is None:
-        raise _no_room(items, profile)
-    return best, True
+    if best is not None:
+        return best, True
+    if at_most < math.inf:
+        raise InputError(f"no placement in the memory of {profile.name} takes so little energy")
+    raise _no_room(items, profile)
 
 
 def _children(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from offramp.config import Chunking, TransducerConfig, check_counts
 from offramp.energy.placement import Component, Part
 from offramp.energy.transducer_cost import (
+    TABLE,
     CallCost,
     blank_call,
     encoder_call,
@@ -26,15 +27,23 @@ from offramp.energy.transducer_cost import (
 class StoredWeights:
     """The weights of a component as they lie in memory, and what a call of one position takes.
 
-    stored_bytes: all, index and scales included. read_bytes: of these, those that a call reads.
-    row_bytes: that every further position of a call reads in addition: rows of an embedding.
+    parts: bytes by part (see `part_of`), index and scales included; all are read in a call but for
+    the table's. row_bytes: of the table, if there is one, what every position of a call reads.
     macs: by dtype, as a hardware profile names them.
     """
 
-    stored_bytes: int
-    read_bytes: float
+    parts: Mapping[str, int]
     row_bytes: float
     macs: Mapping[str, float]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def read_bytes(self) -> float:
+        """Of these, what a call of one position reads."""
+        return self.stored_bytes - self.parts.get(TABLE, 0) + self.row_bytes
 
 
 def call_costs(config: TransducerConfig, chunking: Chunking | None = None) -> dict[str, CallCost]:
@@ -52,18 +61,14 @@ def plain_weights(
 ) -> dict[str, StoredWeights]:
     """Of a model with `bits` for every weight, nothing beside them, that computes in `dtype`."""
     check_counts(1, bits=bits)
-    found = {}
-    for name, cost in call_costs(config, chunking).items():
-        # All but the table is read once per call; of the table, some rows.
-        table = config.vocab_size * config.d_predictor if name == "predictor" else 0
-        rows = cost.weights - (cost.stored - table) if table else 0
-        found[name] = StoredWeights(
-            stored_bytes=math.ceil(cost.stored * bits / 8),
-            read_bytes=cost.weights * bits / 8,
-            row_bytes=rows * bits / 8,
-            macs={dtype: cost.macs},
+    return {
+        name: StoredWeights(
+            {part: math.ceil(count * bits / 8) for part, count in cost.parts.items()},
+            cost.table_read * bits / 8,
+            {dtype: cost.macs},
         )
-    return found
+        for name, cost in call_costs(config, chunking).items()
+    }
 
 
 def transducer_components(
@@ -73,7 +78,7 @@ def transducer_components(
     chunking: Chunking | None = None,
     cache_bits: int = 32,
 ) -> tuple[Component, ...]:
-    """Each with the part `weights` and, where it remembers something, the part `cache`.
+    """Each with the parts of its weights and, where it remembers something, the part `cache`.
 
     weights, positions_per_call: by component; see `StreamTrace.positions_per_call`. None: one
     position. cache_bits: per value that is kept between calls.
@@ -82,8 +87,10 @@ def transducer_components(
     found = []
     for name, cost in call_costs(config, chunking).items():
         held, positions = weights[name], (positions_per_call or {}).get(name, 1.0)
-        read = held.read_bytes + (positions - 1) * held.row_bytes
-        parts = [Part("weights", held.stored_bytes, read)]
+        parts = [
+            Part(part, size, positions * held.row_bytes if part == TABLE else size)
+            for part, size in held.parts.items()
+        ]
         if cost.cache_read:
             each = positions * cache_bits / 8
             # Every call reads all of it, so what it reads is what it holds.

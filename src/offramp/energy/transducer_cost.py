@@ -7,23 +7,50 @@ and attention. Weights are all parameters that a call reads; of an embedding, it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from offramp.config import Chunking, TransducerConfig
+
+TABLE = "embedding"  # the part of which a call reads some rows, not all
 
 
 @dataclass(frozen=True)
 class CallCost:
     """Of one call at batch 1. Weights and caches are counted in values, not in bytes.
 
-    weights: that the call reads. stored: all of its component, read or not.
+    parts: all weights of the component, by that part of it which may lie in a memory of its own
+    (see `part_of`). table_read: of `TABLE`, what the call reads.
     """
 
-    weights: int
-    stored: int
+    parts: Mapping[str, int]
     macs: int
     cache_read: int = 0
     cache_written: int = 0
+    table_read: int = 0
+
+    @property
+    def stored(self) -> int:
+        """All of them, read or not."""
+        return sum(self.parts.values())
+
+    @property
+    def weights(self) -> int:
+        """Those that the call reads."""
+        return self.stored - self.parts.get(TABLE, 0) + self.table_read
+
+
+def part_of(component: str, tensor: str) -> str:
+    """The part of `component` in which a tensor of it lies, by its dotted name there.
+
+    An encoder's layers lie each on its own, and so does a predictor's embedding.
+    """
+    first, *rest = tensor.split(".")
+    if component == "encoder":
+        if first == "layers":
+            return f"layers.{rest[0]}"
+        return "output" if first.startswith("output") else "input"
+    return TABLE if (component, first) == ("predictor", TABLE) else "weights"
 
 
 def encoder_call(config: TransducerConfig, chunking: Chunking | None = None) -> CallCost:
@@ -31,15 +58,15 @@ def encoder_call(config: TransducerConfig, chunking: Chunking | None = None) -> 
     chunking = chunking or config.chunking
     D, J, S, own = config.d_model, config.d_joint, chunking.chunk, chunking.frames
     reduced = config.num_mels * D // config.time_reduction  # weights of the input
-    weights = reduced + config.num_layers * _layer_weights(config) + D * J + 3 * J
+    layers = {f"layers.{n}": _layer_weights(config) for n in range(config.num_layers)}
+    parts = {"input": reduced} | layers | {"output": D * J + 3 * J}
     macs = own * config.time_reduction * reduced + S * D * J
     macs += config.num_layers * _layer_macs(config, chunking)
     banked = int(chunking.memory > 0)
     before = max(0, config.kernel_size - 1)
     read = 2 * D * (chunking.memory + chunking.left_context) + D * before
     written = 2 * D * (banked + min(S, chunking.left_context)) + D * min(S, before)
-    layers = config.num_layers
-    return CallCost(weights, weights, macs, layers * read, layers * written)
+    return CallCost(parts, macs, config.num_layers * read, config.num_layers * written)
 
 
 def predictor_call(config: TransducerConfig) -> CallCost:
@@ -53,22 +80,20 @@ def predictor_call(config: TransducerConfig) -> CallCost:
         rows, layers = 1, config.predictor_layers
         macs = layers * 8 * P * P + P * J
         matrices, state = 2 * P + layers * (8 * P * P + 10 * P) + output, 2 * layers * P
-    stored = config.vocab_size * P + matrices
-    return CallCost(rows * P + matrices, stored, macs, state, state)
+    parts = {TABLE: config.vocab_size * P, "weights": matrices}
+    return CallCost(parts, macs, state, state, table_read=rows * P)
 
 
 def joiner_call(config: TransducerConfig) -> CallCost:
     """One frame against one predictor output; the labels alone where the blank is factorised."""
     J, outputs = config.d_joint, config.vocab_size - config.factorised_blank
-    weights = J * outputs + outputs
-    return CallCost(weights, weights, J * outputs)
+    return CallCost({"weights": J * outputs + outputs}, J * outputs)
 
 
 def blank_call(config: TransducerConfig) -> CallCost:
     """The scorer of a factorised blank, before every `joiner_call` or in its place."""
     assert config.factorised_blank, "only a factorised blank has a scorer of its own"
-    weights = config.d_joint + 1
-    return CallCost(weights, weights, config.d_joint)
+    return CallCost({"weights": config.d_joint + 1}, config.d_joint)
 
 
 def _layer_weights(config: TransducerConfig) -> int:

@@ -65,8 +65,11 @@ class DraftDefaults:
     num_draft_tokens: int | None = None
 
 
-def resolve(name: str) -> Path:
-    """The folder of a shipped name, a path, or a hub id (downloaded through huggingface_hub)."""
+def resolve(name: str, remedy: str | None = None) -> Path:
+    """The folder of a shipped name, a path, or a hub id (downloaded through huggingface_hub).
+
+    remedy: what to do where there is no such folder; None: give another.
+    """
     if name in SHIPPED:
         if not SHIPPED[name].is_dir():
             raise CheckpointError(
@@ -76,15 +79,18 @@ def resolve(name: str) -> Path:
         return SHIPPED[name]
     path = Path(name).expanduser()
     if path.is_dir():
+        finished = path / "checkpoint"
+        if (finished / "config.json").exists() and not (path / "config.json").exists():
+            raise CheckpointError(f"{name} is the folder of a training run; give {finished}")
         return path
     if path.exists():
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder with config.json")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    is_path = name.startswith((".", "/", "~", "runs/"))  # where offramp train writes
+    if name.count("/") == 1 and not is_path:
         return _download(name)
-    raise CheckpointError(
-        f"there is no checkpoint {name!r}; give a folder, a hub id (owner/name), "
-        f"or one that ships: {', '.join(shipped())}"
-    )
+    known = f"give a folder, a hub id (owner/name), or one that ships: {', '.join(shipped())}"
+    what = "folder" if "/" in name else "checkpoint"
+    raise CheckpointError(f"there is no {what} {name}; {remedy or known}")
 
 
 def shipped() -> list[str]:
@@ -400,7 +406,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; is {path.parent} a checkpoint?") from error
+        raise CheckpointError(
+            f"{path} is missing; give the folder of a checkpoint, which holds one"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it anew") from error
     if not isinstance(value, dict):
@@ -417,13 +425,14 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            f"{name} looks like a hub id, and huggingface_hub is not installed; "
-            "pip install 'offramp[hub]', or give a folder"
+            f"there is no folder {name}; to download a model of that name from the hub, "
+            "pip install 'offramp[hub]'"
         ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the library raises many kinds, all of them "cannot be had"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"cannot download {name}: {reason}; check the name and the network, or give a folder"
+            f"there is no folder {name}, and it cannot be downloaded ({reason}); check the name "
+            "and the network"
         ) from error

@@ -86,7 +86,10 @@ def _parse(key: str, text: str, old: Any) -> Any:
         return tuple(value)
     if type(value) is not type(old) and old is not None:
         shown = json.dumps(old, default=repr)  # as it is to be written
+        eaten = ""
+        if isinstance(old, tuple) and text.startswith("["):
+            eaten = f"; a shell takes quotes away where nothing quotes them: --set '{key}=[...]'"
         raise ConfigError(
-            f"{key} is {text!r}; it must be of the kind of its present value, {shown}"
+            f"{key} is {text!r}; it must be of the kind of its present value, {shown}{eaten}"
         )
     return value

@@ -89,7 +89,10 @@ class SpeechRecipe(SpeechData):
             encoder.init_weights(self.train.seed)
             return ours(encoder.to(device), tokenizer)
         wanted = self.encoder
-        folder = hub.resolve(wanted if isinstance(wanted, str) else wanted.folder)
+        if isinstance(wanted, str):
+            folder = _start_folder(wanted, "encoder")
+        else:
+            folder = _start_folder(wanted.folder, "encoder.folder")
         if is_pretrained(folder) and not isinstance(wanted, Continued):
             other = Pretrained(wanted) if isinstance(wanted, str) else wanted
             return attached(folder, other, device)
@@ -140,7 +143,16 @@ class TransducerRecipe(SpeechData):
             model = Transducer(self.model)
             model.init_weights(self.train.seed)
             return model.to(device), ctc_tokenizer(self.model.vocab_size), None
-        folder = hub.resolve(self.model)
+        folder = _start_folder(self.model, "model")
         model = load_transducer(folder, device).requires_grad_(True).train()
         tokenizer = TextTokenizer.load(folder / "tokenizer.json")
         return model, tokenizer, hub.weights_sha256(folder)
+
+
+def _start_folder(name: str, setting: str) -> Path:
+    """Of the checkpoint that a recipe starts from, which is `name` in its `setting`."""
+    return hub.resolve(
+        name,
+        "the recipe starts from it: train the recipe that makes it first (this one's file says "
+        f"which), or give another with --set {setting}=FOLDER",
+    )

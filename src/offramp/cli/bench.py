@@ -1,0 +1,136 @@
+"""Verbs that measure what docs/results.md publishes: bench layerskip, splitformer, energy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from offramp.cli.parameters import (
+    HARDWARE,
+    Device,
+    Dtype,
+    Hardware,
+    Json,
+    Limit,
+    ModelName,
+    Plot,
+    Threads,
+    check_outputs,
+    need_extra,
+    set_threads,
+)
+
+
+def layerskip(
+    *,
+    model: ModelName = "parse-tiny",
+    exit_layer: int | None = None,
+    num_draft_tokens: int | None = None,
+    rounds: int = 3,
+    prompts: int = 100,
+    peers: Annotated[bool, Parameter(negative="--no-peers")] = True,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Plain, self-speculative and adaptive decoding beside transformers, in one process.
+
+    Args:
+        exit_layer: Draft with so many layers; default: what the checkpoint recommends.
+        num_draft_tokens: Tokens drafted per round; default: what the checkpoint recommends.
+        rounds: Times that every prompt is decoded in each way; the median counts.
+        prompts: Utterances of the sample (1 to 100); the 20 passages of a novel are always read.
+        peers: Also run transformers (needs the extra offramp[hf]).
+    """
+    check_outputs(json)
+    set_threads(threads)
+    from offramp import terminal
+    from offramp.bench.layerskip import LayerSkipOptions, run
+
+    options = LayerSkipOptions(
+        exit_layer,
+        num_draft_tokens,
+        rounds=rounds,
+        top_prompts=prompts,
+        peers=peers,
+        device=device,
+        dtype=dtype,
+    )
+    with terminal.progress(f"bench layerskip, {model}") as tell:
+        report = run(model, options, tell)
+    terminal.show_layerskip(report)
+    terminal.write_json(json, report.to_dict())
+
+
+def splitformer(
+    *,
+    runs: Path | None = None,
+    threads: Annotated[int, Parameter(help="CPU threads.")] = 1,
+    json: Json = None,
+) -> None:
+    """WER, operations and CPU time of Splitformer, its controls and ours, at every exit.
+
+    Args:
+        runs: Folder that recipes/splitformer_ablation.py trained into, one ARM-SEED for each run;
+            default: runs/splitformer-ablation.
+    """
+    check_outputs(json)
+    set_threads(threads)
+    from offramp import terminal
+    from offramp.bench.splitformer import RUNS, SplitformerOptions, run
+
+    with terminal.progress("bench splitformer") as tell:
+        report = run(SplitformerOptions(runs or RUNS), tell)
+    terminal.show_splitformer(report)
+    terminal.write_json(json, report.to_dict())
+
+
+def energy(
+    *,
+    prepare: Annotated[bool, Parameter(negative=())] = False,
+    model: ModelName = "stream-tiny",
+    recipe: Path = Path("recipes/stream_tiny.py"),
+    runs: Path = Path("runs/energy"),
+    data: tuple[str, ...] = (),
+    finetune_steps: int = 200,
+    seeds: int = 3,
+    max_wer_increase: float = 1.0,
+    hardware: Hardware = HARDWARE,
+    limit: Limit = None,
+    threads: Threads = None,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """The planner beside simpler rules of compression: WER and time measured, energy modelled.
+
+    Args:
+        prepare: Make the compressed models first, or go on with them; that takes hours.
+        recipe: With prepare: the file that trained the model, for fine-tuning.
+        runs: Folder of the compressed models, one ARM-SEED for each.
+        data: Development sets by name, or manifests (may be given several times); default:
+            kathleen_arctic and mini_librispeech_train_clean_5.
+        finetune_steps: With prepare: of every model.
+        seeds: With prepare: of fine-tuning, so many.
+        max_wer_increase: With prepare: percent that compression may cost, over the model as it is.
+    """
+    check_outputs(json, plot)
+    need_extra("wer", "bench energy")
+    set_threads(threads)
+    from offramp import plots, terminal, terminal_energy
+    from offramp.bench import energy as bench
+    from offramp.bench import energy_arms as arms
+
+    sets, names = data or arms.DATA, tuple(hardware.split(","))
+    if prepare:
+        how = (finetune_steps, tuple(range(seeds)), max_wer_increase / 100, names)
+        with terminal.progress(f"preparing {runs}") as tell:
+            arms.prepare(arms.ArmsOptions(recipe, model, runs, sets, limit, *how), tell)
+    with terminal.progress("bench energy") as tell:
+        report = bench.run(bench.EnergyOptions(runs, sets, limit, names), tell)
+    terminal_energy.show_energy_bench(report)
+    terminal.write_json(json, report.to_dict())
+    if plot is not None:
+        plots.plot_arms(report.rows, plot)

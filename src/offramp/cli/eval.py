@@ -1,0 +1,92 @@
+"""Verbs that measure quality: eval exits, eval asr."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from offramp.cli.parameters import (
+    Device,
+    Json,
+    Limit,
+    LmWeight,
+    ModelName,
+    Split,
+    Threads,
+    check_outputs,
+    need_extra,
+    set_threads,
+)
+
+
+def exits(
+    *,
+    model: ModelName,
+    data: Path | None = None,
+    limit: int | None = None,
+    only: tuple[int, ...] = (),
+    device: Device = "cpu",
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Quality at every exit: bits per byte of a text, or exact match of parses.
+
+    Args:
+        data: A .txt file, or a .tsv file with columns utterance and semantic_parse; default: the
+            development data that a shipped model was made for.
+        limit: Read so many characters or utterances at most.
+        only: Evaluate this exit only (may be given several times).
+    """
+    check_outputs(json)
+    set_threads(threads)
+    from offramp import terminal
+    from offramp.bench.exit_quality import ExitQualityOptions, run
+
+    with terminal.progress(f"exits of {model}") as tell:
+        report = run(model, ExitQualityOptions(data, limit, only or None, device), tell)
+    terminal.show_exit_quality(report)
+    terminal.write_json(json, report.to_dict())
+
+
+def asr(
+    *,
+    model: ModelName = "asr-tiny",
+    data: Path,
+    split: Split = None,
+    limit: Limit = None,
+    confidence: float | None = None,
+    entropy: float | None = None,
+    agreement: float | None = None,
+    beam_size: int | None = None,
+    lm: Path | None = None,
+    lm_weight: LmWeight = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Word and character error rates at every exit and under every exit policy.
+
+    References and what is written are compared in lower case, without punctuation.
+
+    Args:
+        data: Manifest (.tsv or .jsonl): path, seconds, text.
+        confidence: Threshold; default: the calibrated one, or 0.95.
+        entropy: Threshold; default: the calibrated one, or 0.1.
+        agreement: Threshold; default: the calibrated one, or 1.
+        beam_size: Also search with so many prefixes, at the last exit.
+        lm: Also search with this n-gram language model (an ARPA file), at the last exit.
+    """
+    check_outputs(json)
+    need_extra("wer", "eval asr")
+    if lm is not None:
+        need_extra("lm", "a language model")
+    set_threads(threads)
+    from offramp import terminal
+    from offramp.bench.asr import AsrData, AsrOptions, run
+
+    given = {"confidence": confidence, "entropy": entropy, "agreement": agreement}
+    thresholds = {rule: value for rule, value in given.items() if value is not None}
+    options = AsrOptions(thresholds, beam_size, lm, lm_weight)
+    with terminal.progress(f"asr, {model}") as tell:
+        report = run(model, AsrData(data, split, limit), options, device, tell)
+    terminal.show_asr(report)
+    terminal.write_json(json, report.to_dict())

@@ -1,0 +1,379 @@
+"""offramp bench energy: arms made on a toy, their figures, and what is said at unequal WER."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+
+import toy_streaming
+from offramp import terminal_energy
+from offramp.bench import energy_arms
+from offramp.bench.compress_rounds import stored_bytes
+from offramp.bench.energy import (
+    EnergyOptions,
+    EnergyReport,
+    Row,
+    Timing,
+    one_thread,
+    run,
+    spread,
+    timings,
+)
+from offramp.bench.energy_arms import (
+    ARMS,
+    COMPARED,
+    EQUAL_WER,
+    PLANNER,
+    PLANNER_FREE,
+    ArmsOptions,
+    best_of,
+    development,
+    find_arms,
+    prepare,
+)
+from offramp.compress.plan import CompressionPlan
+from offramp.compress.sensitivity import Grid
+from offramp.data.manifest import Utterance, read_manifest, write_manifest
+from offramp.energy.placement import Component, Part
+from offramp.energy.profiles import load_profile
+from offramp.energy.trace import CallRate
+from offramp.energy.uncertainty import Plan, Sweep
+from offramp.errors import CheckpointError, ConfigError, DataError, InputError
+from offramp.plots import pareto, plot_arms
+from offramp.stream_events import Latency
+from offramp.streaming import StreamingRecognizer
+from toy_streaming import RATE, babble
+
+SECONDS = 0.8
+GRIDS = {
+    "encoder": Grid(("magnitude", "global_magnitude", "feed_forward"), (0.1,), (8,), "int8"),
+    "predictor": Grid(("magnitude", "global_magnitude"), (0.1,), (8,)),
+    "joiner": Grid(("magnitude", "global_magnitude"), (0.1,), (8,)),
+}
+RECIPE = """
+from offramp.train.loop import TrainConfig
+from offramp.train.speech import TransducerRecipe
+from offramp.train.transducer import TransducerTraining
+recipe = TransducerRecipe(
+    name="toy", model="unused", sets=({manifest!r},), prefetch=False, augmentation=None,
+    batch_seconds=3.0, train=TrainConfig(9, 1e-4, 0),
+    training=TransducerTraining(chunks=(3,), window=3),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model m, and recordings of which it makes no errors."""
+    made = tmp_path_factory.mktemp("energy")
+    toy_streaming.save(made / "m", factorised_blank=True, time_reduction=4, seed=5)
+    recognizer, utterances = StreamingRecognizer.load(made / "m"), []
+    for i in range(10):
+        samples = babble(SECONDS, seed=i)
+        soundfile.write(made / f"{i}.wav", samples.numpy(), RATE, subtype="FLOAT")
+        text = recognizer.transcribe(samples)
+        utterances.append(Utterance(made / f"{i}.wav", SECONDS, "s", "dev", text))
+    write_manifest(made / "dev.tsv", utterances)
+    heard = [replace(u, split="train", text="do re") for u in utterances[:3]]
+    write_manifest(made / "train.tsv", heard)
+    (made / "recipe.py").write_text(RECIPE.format(manifest=str(made / "train.tsv")))
+    return made
+
+
+def arms_options(folder: Path, **changes: Any) -> ArmsOptions:
+    how = {
+        "recipe": folder / "recipe.py",
+        "model": str(folder / "m"),
+        "runs": folder / "runs",
+        "data": (str(folder / "dev.tsv"),),
+        "finetune_steps": 1,
+        "seeds": (0, 1),
+        "max_wer_increase": 1.5,
+        "hardware": ("edge45", "mcu"),
+        "blank_skips": (0.5,),
+        "rounds": 4,
+        "grids": GRIDS,
+    }
+    return ArmsOptions(**{**how, **changes})
+
+
+def energy_options(folder: Path, **changes: Any) -> EnergyOptions:
+    how = {
+        "runs": folder / "runs",
+        "data": (str(folder / "dev.tsv"),),
+        "hardware": ("edge45", "mcu"),
+        "timed": 2,
+        "rounds": 1,
+        "sweep": Sweep(draws=20),
+    }
+    return EnergyOptions(**{**how, **changes})
+
+
+# -- arms, made --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def arms(folder: Path) -> dict[str, dict[int, Path]]:
+    told: list[tuple[int, int]] = []
+    made = prepare(arms_options(folder), lambda done, total: told.append((done, total)))
+    assert told == sorted(told) and told[-1][0] == told[-1][1]
+    return made
+
+
+def plan(made: Path) -> CompressionPlan:
+    return CompressionPlan.load(made / "plan.json")
+
+
+@pytest.mark.slow
+def test_every_arm_is_what_its_rule_chose_for_every_seed(
+    folder: Path, arms: dict[str, dict[int, Path]]
+) -> None:
+    assert tuple(arms) == ARMS and {tuple(by_seed) for by_seed in arms.values()} == {(0, 1)}
+    own, model = 120.0, StreamingRecognizer.load(folder / "m")
+    for arm, by_seed in arms.items():
+        loaded = [StreamingRecognizer.load(made) for made in by_seed.values()]
+        chosen = plan(by_seed[0])
+        chosen.check(model.model)
+        first, second = (recognizer.model.state_dict() for recognizer in loaded)
+        assert any(not torch.equal(first[n], second[n]) for n in first), "seeds differ"
+        config = loaded[0].config
+        assert config.blank_skip == chosen.blank_skip and not config.ctc_head
+        assert chosen.chunk_ms == config.chunking.chunk * 40.0
+        if arm not in ("longer_chunk", PLANNER_FREE):
+            assert chosen.chunk_ms == own
+        bits = {choice.bits for choice in chosen.choices.values()}
+        assert (bits == {32}) == (arm == "dense_fp32") and max(bits) <= 32
+    plans = {arm: plan(by_seed[0]) for arm, by_seed in arms.items()}
+    assert plans["longer_chunk"].chunk_ms == 2 * own and plans["blank_skip"].blank_skip == 0.5
+    assert len({str(c) for c in plans["uniform"].choices.values()}) == 1
+    for arm in ("dense_int8", "longer_chunk", "blank_skip"):
+        assert {str(c) for c in plans[arm].choices.values()} == {"8 bits"}
+
+
+@pytest.mark.slow
+def test_the_planner_has_the_wer_of_the_best_it_is_held_against(
+    folder: Path, arms: dict[str, dict[int, Path]]
+) -> None:
+    told = {arm: json.loads((by_seed[0] / "arm.json").read_text()) for arm, by_seed in arms.items()}
+    best = best_of({arm: told[arm] for arm in COMPARED})
+    for arm in (PLANNER, PLANNER_FREE):
+        assert told[arm]["max_wer_increase"] == told[best]["wer_increase"] + EQUAL_WER
+        assert told[arm]["wer_increase"] <= told[arm]["max_wer_increase"]
+    assert told["dense_fp32"]["max_wer_increase"] is None
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(
+    folder: Path, arms: dict[str, dict[int, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there is not made again: neither models nor measurements."""
+    before = {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*.safetensors")}
+    monkeypatch.setattr(energy_arms, "finetuner", lambda *_: pytest.fail("nothing is to train"))
+    assert prepare(arms_options(folder)) == arms
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*.safetensors")}
+    with pytest.raises(InputError, match="was measured with another fine-tuning; choose a new"):
+        prepare(arms_options(folder, finetune_steps=2))
+
+
+@pytest.mark.slow
+def test_the_report_has_every_figure_and_says_what_it_is(
+    folder: Path,
+    arms: dict[str, dict[int, Path]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    told: list[tuple[int, int]] = []
+    report = run(energy_options(folder), lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] == 2 * len(ARMS) + 1
+    made = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    keys = ("suite", "profiles", "rows", "planner_saving_at_equal_wer", "rank_stability", "details")
+    assert tuple(made) == keys and made["suite"] == "energy"
+    assert made["profiles"] == ["edge45", "mcu"] and list(made["rows"]) == list(ARMS)
+    for name, row in made["rows"].items():
+        columns = ("wer", "wer_ci95", "bytes", "energy_mj_per_audio_s", "rtf", "latency_ms")
+        assert tuple(row) == columns
+        low, high = row["wer_ci95"]
+        assert low <= row["wer"] <= high and row["rtf"] > 0 and row["latency_ms"] > 0
+        assert list(row["energy_mj_per_audio_s"]) == ["edge45", "mcu"]
+        models = [StreamingRecognizer.load(f).model for f in arms[name].values()]
+        assert row["bytes"] == round(sum(map(stored_bytes, models)) / 2)
+        by_seed = made["details"]["wer_by_seed"][name]
+        assert row["wer"] == pytest.approx(sum(by_seed.values()) / 2)
+    dense, int8 = (made["rows"][n] for n in ("dense_fp32", "dense_int8"))
+    for profile in ("edge45", "mcu"):
+        mj = [row["energy_mj_per_audio_s"][profile] for row in (int8, dense)]
+        assert mj[0] < mj[1]
+    assert made["details"]["fraction_better"]["dense_fp32"] == {"edge45": 1.0, "mcu": 1.0}
+    assert "not measured" in made["details"]["modelled"]
+    assert [p["version"] for p in made["details"]["hardware"]] == [1, 1]
+    terminal_energy.show_energy_bench(report)
+    shown = capsys.readouterr().out
+    assert "modelled, memory-traffic energy; not measured" in shown and "Measured: " in shown
+    assert all(name.replace("_", " ") in shown for name in ARMS)
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plot_arms(report.rows, tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.slow
+def test_a_model_that_scores_blanks_among_its_labels_has_an_arm_less(
+    folder: Path, tmp_path: Path
+) -> None:
+    toy_streaming.save(tmp_path / "m", time_reduction=4, seed=5)
+    how = {"model": str(tmp_path / "m"), "runs": tmp_path / "runs", "seeds": (3,)}
+    made = prepare(arms_options(folder, **how, max_wer_increase=5.0))
+    assert tuple(made) == tuple(arm for arm in ARMS if arm != "blank_skip")
+
+
+# -- arms, found -------------------------------------------------------------------------------
+
+
+def pretend(runs: Path, names: list[str], factorised: bool = True) -> None:
+    for name in names:
+        (runs / name).mkdir(parents=True)
+        config = {"config": {"factorised_blank": factorised}}
+        (runs / name / "config.json").write_text(json.dumps(config))
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"lacks dense_fp32-0, .*--prepare --runs ") as caught:
+        find_arms(tmp_path)
+    assert all(f"{arm}-0" in str(caught.value) for arm in ARMS)
+    pretend(tmp_path, [f"{arm}-{seed}" for arm in ARMS for seed in (0, 2)])
+    assert find_arms(tmp_path)["planner"] == {s: tmp_path / f"planner-{s}" for s in (0, 2)}
+    pretend(tmp_path, ["uniform-7", "finetuned"])
+    with pytest.raises(CheckpointError, match="lacks dense_fp32-7, dense_int8-7, blank_skip-7, "):
+        find_arms(tmp_path)
+
+
+def test_no_blank_to_skip_is_nothing_missing(tmp_path: Path) -> None:
+    pretend(tmp_path, [f"{arm}-0" for arm in ARMS if arm != "blank_skip"], factorised=False)
+    assert "blank_skip" not in find_arms(tmp_path)
+    pretend(tmp_path / "other", [f"{arm}-0" for arm in ARMS if arm != "blank_skip"])
+    with pytest.raises(CheckpointError, match="lacks blank_skip-0;"):
+        find_arms(tmp_path / "other")
+
+
+def test_recordings_are_of_dev_splits_and_spread(folder: Path) -> None:
+    data = (str(folder / "dev.tsv"),)
+    whole = development(data)
+    assert whole == read_manifest(folder / "dev.tsv")
+    assert development(data, 5) == whole[::2] and development(data, 99) == whole
+    with pytest.raises(DataError, match="has no utterances of split dev"):
+        development((str(folder / "train.tsv"),))
+    with pytest.raises(DataError, match="there is no speech set 'moon'"):
+        development(("moon",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"seeds": ()}, InputError, "give at least one"),
+        ({"seeds": (1, 1)}, InputError, "each once"),
+        ({"finetune_steps": 0}, ConfigError, "finetune_steps is 0"),
+        ({"max_wer_increase": 0.0}, ConfigError, "max_wer_increase is 0"),
+    ],
+)
+def test_arms_that_could_not_be_compared_are_refused(
+    folder: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        arms_options(folder, **changes)
+
+
+# -- figures -----------------------------------------------------------------------------------
+
+EDGE, MCU = load_profile("edge45"), load_profile("mcu")
+
+
+def row(wer: float, edge: float, mcu: float, size: int = 1000) -> Row:
+    made = CompressionPlan(
+        "exact", "0" * 64, {}, 320.0, None, wer, 0.0, (0.0, 0.0), size, {"mcu": mcu}, {"mcu": {}}
+    )
+    runs = Plan((Component("c", (Part("w", size, size),), {}),), {"c": CallRate(1.0)}, 3.0)
+    mj = {"edge45": edge, "mcu": mcu}
+    timing = Timing(0.1, Latency(400.0, 300.0, 500.0))
+    return Row(wer, (wer - 0.01, wer + 0.01), {0: wer}, size, mj, timing, made, runs)
+
+
+def report(planner: Row, **rows: Row) -> EnergyReport:
+    made = {
+        "dense_fp32": row(0.2, 10.0, 20.0),
+        "uniform": row(0.21, 5.0, 8.0),
+        "global_magnitude": row(0.205, 4.0, 9.0),
+        PLANNER: planner,
+        PLANNER_FREE: row(0.2, 1.0, 3.0),
+        **rows,
+    }
+    return EnergyReport(100, ("toy",), (0,), (EDGE, MCU), made, {"uniform": {"mcu": 0.9}})
+
+
+def test_the_saving_is_against_the_best_of_uniform_and_global() -> None:
+    """By the profile where each takes most: 50 % for uniform, 45 % for global."""
+    made = report(row(0.205, 2.0, 3.0))
+    assert made.best == "global_magnitude"
+    assert made.saving(PLANNER) == pytest.approx({"edge45": 0.5, "mcu": 1 - 3 / 9})
+    assert report(row(0.2, 1, 1), global_magnitude=row(0.2, 6, 8)).best == "uniform"
+
+
+def test_a_saving_at_a_higher_wer_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(row(0.205 + EQUAL_WER, 2.0, 3.0)).saving(PLANNER)["edge45"] == 0.5
+    made = report(row(0.2071, 2.0, 3.0))
+    assert made.saving(PLANNER) == {"edge45": None, "mcu": None}
+    assert made.to_dict()["planner_saving_at_equal_wer"] == {"edge45": None, "mcu": None}
+    terminal_energy.show_energy_bench(made)
+    shown = capsys.readouterr().out
+    assert "WER 20.71 against 20.50 %, so there is no saving at equal WER" in shown
+    assert "planner free chunk (chunks of 320 ms) against global magnitude, at equal WER" in shown
+
+
+def test_rank_stability_is_the_least_fraction() -> None:
+    made = report(row(0.2, 1.0, 1.0))
+    shares = {"uniform": {"edge45": 1.0, "mcu": 0.75}, "size_optimal": {"edge45": 0.8, "mcu": 0.9}}
+    assert replace(made, fractions=shares).rank_stability == 0.75
+
+
+def test_the_pareto_front_holds_what_nothing_matches() -> None:
+    points = [(3.0, 1.0), (1.0, 5.0), (2.0, 5.0), (2.0, 2.0), (4.0, 1.0)]
+    assert pareto(points) == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+def test_arms_take_turns_on_one_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = StreamingRecognizer.load(folder / "m")
+    recordings = spread(development((str(folder / "dev.tsv"),)), 2)
+    assert [len(samples) for samples in recordings] == 2 * [round(SECONDS * RATE)]
+    seen: list[tuple[int, int]] = []
+    opened: list[StreamingRecognizer] = []
+    original = StreamingRecognizer.open
+
+    def counted(self: StreamingRecognizer, *options: Any) -> Any:
+        assert torch.get_num_threads() == 1
+        opened.append(self)
+        return original(self, *options)
+
+    monkeypatch.setattr(StreamingRecognizer, "open", counted)
+    other = StreamingRecognizer(loaded.model, loaded.pieces)
+    threads = torch.get_num_threads()
+    found = timings({"a": loaded, "b": other}, recordings, 1, lambda *done: seen.append(done))
+    assert seen == [(1, 1)] and torch.get_num_threads() == threads
+    turns = [["a", "b"][self is other] for self in opened]
+    assert turns == ["a", "b", "b", "a", "b", "a", "a", "b"], "an unmeasured round comes first"
+    for timing in found.values():
+        assert timing.rtf > 0 and (timing.latency.first_partial_ms or 0) > 0
+
+
+def test_threads_come_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="broken"), one_thread():
+        assert torch.get_num_threads() == 1
+        raise ValueError("broken")
+    assert torch.get_num_threads() == before
