@@ -78,12 +78,9 @@ def test_help_names_every_verb_and_group(capsys: pytest.CaptureFixture[str]) -> 
         assert all(f" {verb.__name__} " in out for verb in group)
 
 
-def test_help_shows_descriptions_and_defaults(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    out = shown(capsys, "stream")
-    assert "SOURCE  WAV, FLAC, OGG or MP3" in out and "[default: stream-tiny]" in out
+def test_help_shows_descriptions_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    out = " ".join(shown(capsys, "stream").replace("│", " ").split())  # whatever the width
+    assert "SOURCE WAV, FLAC, OGG or MP3" in out and "[default: stream-tiny]" in out
     assert "default: what the model was made for." in out
     assert "[default: False]" not in out and "[default: ()]" not in out
     assert "[default: 0.0]" in shown(capsys, "generate")

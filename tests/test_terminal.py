@@ -15,7 +15,7 @@ from offramp.api import DraftOptions, load
 from offramp.audio.vad import VadOptions
 from offramp.bench.asr import AsrReport, PolicyResult, exit_candidates
 from offramp.decoding.calibration import Calibration
-from offramp.decoding.exit_policies import edit_distance
+from offramp.decoding.exit_policies import Confidence, edit_distance
 from offramp.decoding.stopping import Stop
 from offramp.errors import CheckpointError, InputError, OfframpError
 from offramp.models import hub
@@ -120,16 +120,7 @@ def test_the_demo_shows_what_each_exit_wrote_of_the_recording(monkeypatch, recog
         made = recognizer.transcribe(demo.RECORDING, options)
         assert len(made.segments) == 1 and made.audio_s > 3
         assert f"exit {exit_layer}  {made.text}\n" in text
-    assert "confidence policy (common threshold) left after" in text
-
-
-def test_the_demo_takes_the_calibrated_policy(monkeypatch, tmp_path, recogniser_folder):
-    folder = shutil.copytree(recogniser_folder, tmp_path / "toy")
-    certified = Calibration("agreement", (1, 2, 3), 0.0, 0.1, 1.0, 50, 0.05, 0.0, 0.5, 1.0)
-    certified.save(folder / CALIBRATION)
-    shown = capture(monkeypatch)
-    demo._speech(str(folder))
-    assert "agreement policy (calibrated threshold) left after 1 of 3 layers" in shown.getvalue()
+    assert f"The confidence policy (threshold {Confidence().threshold:g}) left after" in text
 
 
 def test_the_demo_fails_where_the_recogniser_does_not_ship(monkeypatch, tmp_path):

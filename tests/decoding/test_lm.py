@@ -54,7 +54,7 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "flashlight", None)
     monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder.kenlm", None)
-    with pytest.raises(InputError, match=r"needs flashlight-text: pip install offramp\[lm\]$"):
+    with pytest.raises(InputError, match=r"needs flashlight-text: pip install 'offramp\[lm\]'$"):
         LanguageModel(tmp_path / "lm.arpa")
 
 

@@ -94,7 +94,7 @@ class WordScorerOptions:
     """
 
     lm_weight: float = 0.4
-    word_score: float = 2.0
+    word_score: float = 1.5
     oov_score: float = -8.0
     hotword_score: float = 6.0
 
