@@ -260,14 +260,23 @@ def calibrate_model(
     device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> Calibration:
-    """The threshold of a rule that keeps the expected excess error within what is allowed.
-
-    Every exit is decoded once, greedily.
-    """
+    """The threshold of a rule that keeps the expected excess error within what is allowed."""
     recognizer = Recognizer.load(model, device=device)
     need_jiwer()
     utterances, _ = data.utterances()
-    config, never = recognizer.config, RULES[options.rule].at_score(math.inf)
+    dev = dev_run(recognizer, utterances, options.rule, on_progress)
+    found = calibrate(dev, options.rule, *options.shares)
+    return replace(found, weights=recognizer.weights_sha256())
+
+
+def dev_run(
+    recognizer: Recognizer,
+    utterances: Sequence[Utterance],
+    rule: str,
+    on_progress: Progress | None = None,
+) -> DevRun:
+    """Every exit decoded once, greedily, with the scores of `rule`; by rising length."""
+    config, never = recognizer.config, RULES[rule].at_score(math.inf)
     exits = config.exits
     texts, scores, costs = [], [], []
     references = []
@@ -283,9 +292,7 @@ def calibrate_model(
     edits = [word_edits(references, [t[n] for t in texts]) for n in range(len(exits))]
     errors = [[at_exit[row].errors for at_exit in edits] for row in range(len(texts))]
     words = [len(reference.split()) for reference in references]
-    dev = DevRun(exits, scores, errors, words, costs)
-    found = calibrate(dev, options.rule, *options.shares)
-    return replace(found, weights=recognizer.weights_sha256())
+    return DevRun(exits, scores, errors, words, costs)
 
 
 def exit_candidates(
