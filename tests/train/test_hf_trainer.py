@@ -537,6 +537,7 @@ TEXTS = ["The count opened the door.", "The count said nothing.", "The door said
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.slow
 def test_the_how_to_runs_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("train.txt").write_text("\n".join(TEXTS))

@@ -42,6 +42,7 @@ class Dies:
         os._exit(1)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_told_in_one_line():
     with closing(PrefetchedBatches(Dies(), total_steps=9)) as ahead:
         for _ in range(2):

@@ -85,7 +85,7 @@ def run(it: SpeechRecipe, out: Path, stop: int = 0) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", [RAW, pytest.param(FEATURES, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("freeze", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_exits(
     name: str, freeze: bool, manifest: Path, tmp_path: Path
 ) -> None:
