@@ -1,7 +1,11 @@
-"""Second stage of asr-tiny: 6.6 h of real speech from 97 speakers, after synthetic speech.
+"""Second stage of asr-tiny: 6.6 h of real speech from a hundred speakers, after synthetic speech.
 
-Start with recipes/splitformer_synthetic.py, then give its checkpoint's folder where it is not the
-one below: `--set encoder=runs/synthetic/checkpoint`.
+The four stages, each from the checkpoint of the one before:
+
+offramp train recipes/splitformer_synthetic.py
+offramp train recipes/splitformer_tiny.py
+offramp train recipes/splitformer_tiny_longer.py
+offramp train recipes/splitformer_tiny_consistency.py
 """
 
 from offramp.train.augment import SpecAugment
@@ -10,7 +14,7 @@ from offramp.train.loop import TrainConfig
 from offramp.train.speech import SpeechRecipe
 
 recipe = SpeechRecipe(
-    name="asr-tiny",
+    name="splitformer-tiny",
     encoder="runs/splitformer-synthetic/checkpoint",
     sets=(
         "mini_librispeech_train_clean_5",

@@ -1,4 +1,4 @@
-"""Fourth stage of asr-tiny: on from the third, which had learnt its training speech by heart.
+"""Fourth stage of asr-tiny, after splitformer_tiny_longer.py, which had learnt by heart.
 
 Against overfitting: dropout, and CR-CTC, which hears every utterance twice, masked in two ways, and
 wants the same text (with half the audio a step takes as long as in the third stage). With
@@ -14,7 +14,7 @@ from offramp.train.speech import SpeechRecipe
 from offramp.train.trainee import Continued
 
 recipe = SpeechRecipe(
-    name="asr-tiny",
+    name="splitformer-tiny-consistency",
     encoder=Continued("runs/splitformer-tiny-longer/checkpoint", dropout=0.1),
     sets=(
         "mini_librispeech_train_clean_5",

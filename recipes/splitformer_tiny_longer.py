@@ -1,4 +1,4 @@
-"""Third stage of asr-tiny: on from the second with little augmentation, edges and single digits.
+"""Third stage of asr-tiny, after splitformer_tiny.py: little augmentation, single digits.
 
 Edges are padded from here on, and nothing is dropped out. The second stage underfitted (training
 loss 2.6 under its augmentation, dev 1.7) and lost up to 140 ms at either end of an utterance.
@@ -12,7 +12,7 @@ from offramp.train.speech import SpeechRecipe
 from offramp.train.trainee import Continued
 
 recipe = SpeechRecipe(
-    name="asr-tiny",
+    name="splitformer-tiny-longer",
     encoder=Continued("runs/splitformer-tiny/checkpoint", dropout=0.0, pad_edges=True),
     sets=(
         "mini_librispeech_train_clean_5",

@@ -120,7 +120,7 @@ def test_the_demo_shows_what_each_exit_wrote_of_the_recording(monkeypatch, recog
         made = recognizer.transcribe(demo.RECORDING, options)
         assert len(made.segments) == 1 and made.audio_s > 3
         assert f"exit {exit_layer}  {made.text}\n" in text
-    assert f"The confidence policy (threshold {Confidence().threshold:g}) left after" in text
+    assert f"--threshold {Confidence().threshold:g}) left after" in text
 
 
 def test_the_demo_fails_where_the_recogniser_does_not_ship(monkeypatch, tmp_path):

@@ -96,8 +96,8 @@ def _speech(model: str = "asr-tiny") -> None:
     _show_costs(made, normalize_text(SAID).split())
     left = terminal.number(made[policy].mean_exit_layer, 0)
     terminal.out.print(
-        f"The {policy} (threshold {confidence.threshold:g}) left after {left} of "
-        f"{recognizer.config.num_layers} layers.\n"
+        f"The {policy} (--exit-policy confidence --threshold {confidence.threshold:g}) left after "
+        f"{left} of {recognizer.config.num_layers} layers.\n"
     )
 
 

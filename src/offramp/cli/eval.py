@@ -69,9 +69,9 @@ def asr(
 
     Args:
         data: Manifest (.tsv or .jsonl): path, seconds, text.
-        confidence: Threshold; default: the calibrated one, or 0.95.
-        entropy: Threshold; default: the calibrated one, or 0.1.
-        agreement: Threshold; default: the calibrated one, or 1.
+        confidence: Threshold; default: the calibrated one, or 0.76.
+        entropy: Threshold; default: the calibrated one, or 0.67.
+        agreement: Threshold; default: the calibrated one, or 0.91.
         beam_size: Also search with so many prefixes, at the last exit.
         lm: Also search with this n-gram language model (an ARPA file), at the last exit.
     """
