@@ -8,18 +8,7 @@ from pathlib import Path
 import pytest
 
 import toy_speech
-from offramp.cli import main
-
-
-def offramp(capsys, *words: str) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of one command, in this process."""
-    try:
-        main(list(words))
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    shown = capsys.readouterr()
-    return status, shown.out, shown.err
+from commands import offramp
 
 
 @pytest.fixture(scope="module")

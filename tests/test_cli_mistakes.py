@@ -11,21 +11,10 @@ from pathlib import Path
 import pytest
 
 import toy_speech
-from offramp.cli import main
+from commands import offramp
 from offramp.models import hub
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-def offramp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of one command, in this process."""
-    try:
-        main([str(word) for word in words])
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    shown = capsys.readouterr()
-    return status, shown.out, shown.err
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 import toy_streaming
-from offramp.cli import main
+from commands import offramp
 from offramp.streaming import StreamingRecognizer
 from toy_streaming import RATE, babble
 
@@ -35,17 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(folder: Path) -> str:
     return StreamingRecognizer.load(folder / "m").transcribe(SAMPLES)
-
-
-def offramp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of one command, in this process."""
-    try:
-        main([str(word) for word in words])
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    shown = capsys.readouterr()
-    return status, shown.out, shown.err
 
 
 def test_lines_come_as_they_are_heard(

@@ -1,17 +1,19 @@
-"""Writing files so that nothing is ever half-written: a temporary name first, then a rename."""
+"""Files that are never half-written (a temporary name first, then a rename), and tables in JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from offramp.errors import InputError
+from offramp.errors import InputError, OfframpError
 
 
 @contextmanager
@@ -49,6 +51,30 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         _remove(temporary)
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """For people too; JSON knows no NaN."""
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+def write_table(path: Path, values: Mapping[str, Any]) -> None:
+    """`values` as JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json_text(values), encoding="utf-8")
+
+
+def read_table(path: Path, wrong: type[OfframpError], remedy: str) -> dict[str, Any]:
+    """What `write_table` wrote; `wrong`, with the `remedy`: it is missing or no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise wrong(f"cannot read {path}: {error.strerror}; {remedy}") from error
+    except ValueError as error:
+        raise wrong(f"{path} is not JSON: {error}; {remedy}") from error
+    if not isinstance(values, dict):
+        raise wrong(f"{path} is no JSON object; {remedy}")
+    return values
 
 
 def check_writable_folder(folder: Path) -> None:

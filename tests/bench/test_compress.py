@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 import toy_streaming
+from commands import offramp
 from offramp.audio.io import read_audio
 from offramp.bench import compress
 from offramp.bench.asr import AsrData
@@ -330,16 +331,6 @@ def test_the_wer_is_against_the_model_as_it_was(folder: Path) -> None:
 # -- bad input ---------------------------------------------------------------------------------
 
 
-def offramp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
-    """(exit status, standard error) of one command."""
-    status: Any = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        status = end.code
-    return status, capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -379,7 +370,7 @@ def test_errors_are_one_line_and_status_2(
     given = [word.format(**places) for word in words]
     for name, value in (("--model", folder / "m"), ("--data", folder / "dev.tsv"), ("-o", "out")):
         given += [] if name in given else [name, str(value)]
-    status, err = offramp(capsys, "compress", *given)
+    status, _, err = offramp(capsys, "compress", *given)
     assert status == 2 and message in err, err
     assert err.startswith("offramp: ") and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()

@@ -77,9 +77,9 @@ def test_a_file_that_is_no_plan_is_refused(
 
 
 def test_a_file_that_is_not_even_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read .*none\.json: .*; check the path"):
+    with pytest.raises(DataError, match=r"cannot read .*none\.json: .*; give a plan"):
         CompressionPlan.load(tmp_path / "none.json")
-    for text, message in (("{", "is not JSON"), ("[]", "is no plan: it holds no table")):
+    for text, message in (("{", "is not JSON"), ("[]", "is no JSON object")):
         (tmp_path / "p.json").write_text(text)
         with pytest.raises(DataError, match=message):
             CompressionPlan.load(tmp_path / "p.json")

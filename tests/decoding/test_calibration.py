@@ -273,7 +273,12 @@ def test_other_files_are_refused(tmp_path: Path, changes: dict[str, Any], match:
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [(None, "cannot read"), ("{", "is not JSON"), ("[]", "no settings"), ("{}", "lacks rule")],
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("[]", "is no JSON object"),
+        ("{}", "lacks rule"),
+    ],
 )
 def test_what_is_no_calibration_is_refused(tmp_path: Path, content: str | None, match: str) -> None:
     if content is not None:

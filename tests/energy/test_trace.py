@@ -139,7 +139,7 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     with pytest.raises(DataError, match=r"cannot read .* No such file"):
         StreamTrace.load(path)
-    for text, says in (("[1]", "holds no trace"), ("{", "is not JSON")):
+    for text, says in (("[1]", "is no JSON object"), ("{", "is not JSON")):
         path.write_text(text)
         with pytest.raises(DataError, match=says):
             StreamTrace.load(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -45,7 +44,7 @@ from offramp.decoding.stream_plan import StreamOptions
 from offramp.energy.modelled import ModelledEnergy
 from offramp.energy.profiles import SHIPPED
 from offramp.errors import CheckpointError, InputError
-from offramp.files import check_writable_folder, replacing
+from offramp.files import check_writable_folder, json_text, replacing
 from offramp.models import hub
 from offramp.models.transducer import Transducer
 from offramp.streaming import StreamingRecognizer
@@ -204,7 +203,7 @@ def run(
     files = {
         **companions(folder),
         "plan.json": best.plan.to_json(),
-        "energy-report.json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
+        "energy-report.json": json_text(report.to_dict()),
         MEASURED: measured.to_json(),
     } | ({"sensitivity.csv": table} if table else {})
     with replacing(out) as temporary:  # the measurements make way for the whole

@@ -28,7 +28,7 @@ from offramp.compress.rows import RowPruning
 from offramp.compress.scores import check_level
 from offramp.config import check_choice, strict
 from offramp.errors import ConfigError, DataError, InputError
-from offramp.files import replacing
+from offramp.files import json_text, read_table, write_table
 from offramp.models.transducer import Transducer
 
 FULL_BITS = 32  # weights as they are
@@ -119,22 +119,16 @@ class CompressionPlan:
             )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        return json_text(asdict(self))
 
     def save(self, path: Path) -> None:
         """Write JSON to `path`, whole or not at all."""
-        with replacing(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+        write_table(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Strict: DataError for a file that is missing or is no plan."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}; write the plan anew") from error
+        values = read_table(path, DataError, "give a plan.json that offramp compress wrote")
         try:
             return cls._of(values)
         except (ConfigError, TypeError, ValueError, AttributeError) as error:
@@ -142,8 +136,6 @@ class CompressionPlan:
 
     @classmethod
     def _of(cls, values: Any) -> Self:
-        if not isinstance(values, dict):
-            raise ConfigError("it holds no table of values")
         if missing := [f.name for f in fields(cls) if f.name not in values]:
             raise ConfigError(f"it lacks {', '.join(missing)}")
         low, high = values["wer_increase_ci95"]

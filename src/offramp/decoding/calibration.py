@@ -9,7 +9,6 @@ the largest it has at any more cautious threshold.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from offramp.config import check_counts, check_positive, check_range, strict
 from offramp.decoding.exit_policies import RULES, ExitPolicy
 from offramp.errors import ConfigError, InputError
-from offramp.files import replacing
+from offramp.files import read_table, write_table
 
 
 @dataclass(frozen=True)
@@ -135,20 +134,12 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write JSON to `path`."""
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+        write_table(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """Strict: ConfigError for a file that is missing, malformed or has other settings."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; calibrate first") from error
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON: {error}; calibrate anew") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds no settings; calibrate anew")
+        values = read_table(path, ConfigError, "run offramp calibrate")
         if isinstance(values.get("exits"), list):
             values["exits"] = tuple(values["exits"])
         return strict(cls, values)

@@ -6,14 +6,13 @@ through. In a ragged batch the padding counts too: it was computed.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Self
 
 from offramp.config import check_counts, check_range, strict
 from offramp.errors import ConfigError, DataError, InputError
-from offramp.files import replacing
+from offramp.files import read_table, write_table
 
 
 @dataclass
@@ -135,20 +134,12 @@ class StreamTrace:
 
     def save(self, path: Path) -> None:
         """Write JSON to `path`."""
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+        write_table(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Strict: DataError for a file that is missing, malformed or has other counts."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; check the path") from error
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}; write the trace anew") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{path} holds no trace; it must be a table of counts")
+        values = read_table(path, DataError, "give a file that StreamTrace.save wrote")
         if missing := [f.name for f in fields(cls) if f.name not in values]:
             raise DataError(f"{path}: the trace lacks {', '.join(missing)}; write it anew")
         try:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from offramp.config import DecoderConfig, check_counts, strict
 from offramp.errors import CheckpointError, ConfigError
-from offramp.files import replacing
+from offramp.files import json_text, replacing
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_config import eos_ids, from_hf, to_hf
 from offramp.nn.unfilled import unfilled
@@ -414,10 +414,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object; fetch it anew")
     return value
-
-
-def json_text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"
 
 
 def _download(name: str) -> Path:
