@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from offramp.compress.method import Component, M, modules_of, replace_module, trainable_copy
 from offramp.compress.scores import check_level, keep_best
 from offramp.errors import InputError
-from offramp.nn import conformer, emformer, layers
+from offramp.nn import conformer, layers
 
-KINDS = (conformer.FeedForward, emformer.FeedForward, layers.FeedForward)
+KINDS = (conformer.FeedForward, layers.FeedForward)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ Padding is kept out of attention by a mask and is zero before the depthwise conv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.config import EncoderConfig
+from offramp.config import EncoderConfig, TransducerConfig
 from offramp.nn.rotary import rotate
 
 
@@ -96,17 +97,22 @@ class Dropout(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Norm, SiLU between two matrices."""
+    """Norm, an activation between two matrices; Emformer layers have it too."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig | TransducerConfig,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.norm = nn.LayerNorm(config.d_model)
         self.up = nn.Linear(config.d_model, config.d_ff)
         self.down = nn.Linear(config.d_ff, config.d_model)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.dropout(F.silu(self.up(self.norm(x))))
+        y = self.dropout(self.activation(self.up(self.norm(x))))
         output: Tensor = self.dropout(self.down(y))
         return output
 

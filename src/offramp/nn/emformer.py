@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.config import Chunking, TransducerConfig
-from offramp.nn.conformer import Dropout, attend
+from offramp.nn.conformer import Dropout, FeedForward, attend
 from offramp.nn.rotary import rotate
 
 _SUMMARY_LIMIT = 10.0  # summaries feed on summaries: a bound keeps them from growing
@@ -225,22 +225,6 @@ class CausalConvolution(nn.Module):
         return output
 
 
-class FeedForward(nn.Module):
-    """Norm, GELU between two matrices."""
-
-    def __init__(self, config: TransducerConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.d_model)
-        self.up = nn.Linear(config.d_model, config.d_ff)
-        self.down = nn.Linear(config.d_ff, config.d_model)
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.dropout(F.gelu(self.up(self.norm(x))))
-        output: Tensor = self.dropout(self.down(y))
-        return output
-
-
 class EmformerLayer(nn.Module):
     """Attention, the convolution if there is one, feed-forward, a norm."""
 
@@ -248,7 +232,7 @@ class EmformerLayer(nn.Module):
         super().__init__()
         self.attention = SegmentAttention(config)
         self.convolution = CausalConvolution(config) if config.kernel_size else None
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, F.gelu)
         self.norm = nn.LayerNorm(config.d_model)
 
     def forward(

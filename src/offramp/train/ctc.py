@@ -246,7 +246,7 @@ class CTCTask:
         self.batches, self.training, self.dev = batches, training, dev
         self.total_steps, self.seed = total_steps, seed
         self._encoder: ExitEncoder = encoder
-        self._warned = False
+        self._warn = LeftOutWarning()
         self._curriculum = replace(training.curriculum, exits=encoder.config.exits)
 
     def backward(self, step: int, shard: int, num_shards: int) -> Mapping[str, float]:
@@ -286,17 +286,6 @@ class CTCTask:
             "infeasible": infeasible,
             **{f"loss_exit_{exit_layer}": nats for exit_layer, nats in sums.items()},
         }
-
-    def _warn(self, step: int, infeasible: int) -> None:
-        """Once; the sums of every step have the count."""
-        if not self._warned:
-            log.warning(
-                "step %d: %d utterances have more tokens than frames and are left out of the "
-                "loss (later ones are counted, not named)",
-                step,
-                infeasible,
-            )
-        self._warned = True
 
     def _weights(self, step: int) -> dict[int, float]:
         """Exit -> weight of its loss, rising; schedules count layers from 0."""
@@ -387,6 +376,23 @@ class CTCTask:
         found = greedy(log_probs, lengths, self._encoder.config.blank_id)
         pairs = zip(found, batch.targets, strict=True)
         return sum(edit_distance(hypothesis.tokens, text) for hypothesis, text in pairs)
+
+
+class LeftOutWarning:
+    """Says once that utterances have no loss; the sums of every step have their count."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, step: int, infeasible: int) -> None:
+        if not self._said:
+            log.warning(
+                "step %d: %d utterances have more tokens than frames and are left out of the "
+                "loss (later ones are counted, not named)",
+                step,
+                infeasible,
+            )
+        self._said = True
 
 
 def feasible(lengths: Tensor, targets: Sequence[Sequence[int]]) -> list[int]:

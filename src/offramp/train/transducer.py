@@ -8,7 +8,6 @@ of the gradient is CTC's. Everything random is a function of (seed, step, shard)
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +24,14 @@ from offramp.errors import ConfigError, DataError
 from offramp.models.transducer import Transducer
 from offramp.tokenizer import TextTokenizer
 from offramp.train.augment import SpecAugment
-from offramp.train.ctc import SpeechBatch, SpeechBatches, ctc_nll, feasible, seeded
+from offramp.train.ctc import (
+    LeftOutWarning,
+    SpeechBatch,
+    SpeechBatches,
+    ctc_nll,
+    feasible,
+    seeded,
+)
 from offramp.train.transducer_loss import (
     Lattice,
     label_after,
@@ -34,8 +40,6 @@ from offramp.train.transducer_loss import (
     transducer_loss,
 )
 from offramp.train.transducer_pruning import additive_arcs, choose_windows
-
-log = logging.getLogger(__name__)
 
 _MEASURED_BATCHES = 40  # of which features are measured: an hour of audio, about
 _FIRST_WEIGHT = 0.1  # of the transducer's loss in the first step of a ramp
@@ -211,7 +215,7 @@ class TransducerTask:
             parts["simple"] = self._simple
         self.model: nn.Module = nn.ModuleDict(parts)
         self.batches, self.training, self.dev, self.seed = batches, training, dev, seed
-        self._transducer, self._warned = transducer, False
+        self._transducer, self._warn = transducer, LeftOutWarning()
 
     def backward(self, step: int, shard: int, num_shards: int) -> Mapping[str, float]:
         """Add shard `shard`'s share of step `step`'s gradient; returns sums over its utterances.
@@ -246,17 +250,6 @@ class TransducerTask:
             "audio_s": batch.audio_seconds,
             "infeasible": heard.infeasible,
         }
-
-    def _warn(self, step: int, infeasible: int) -> None:
-        """Once; the sums of every step have the count."""
-        if not self._warned:
-            log.warning(
-                "step %d: %d utterances have more tokens than frames and are left out of the "
-                "loss (later ones are counted, not named)",
-                step,
-                infeasible,
-            )
-        self._warned = True
 
     def _autocast(self) -> torch.autocast:
         bf16 = self.training.autocast == "bf16"
