@@ -73,7 +73,7 @@ def test_a_recipe_says_that_another_comes_first(
     words = ("train", RECIPES / f"{name}.py", "--set", f"{setting}=runs/a")
     status, _, err = offramp(capsys, *words)
     assert status == 2 and err.count("\n") == 1
-    assert "there is no folder runs/a; the recipe starts from it: train" in err
+    assert "there is no folder runs/a; the recipe needs it: train" in err
     assert err.endswith(f"--set {setting}=FOLDER\n")
 
 

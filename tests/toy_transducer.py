@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a kernel longer than the chunk": {"kernel_size": 9},
     "pointwise kernel": {"kernel_size": 1},
     "every feature frame": {"time_reduction": 1},
+    "halving": {"subsampling": "halving", "time_reduction": 4},
     "factorised blank": {"factorised_blank": True},
     "factorised blank, not the first": {"factorised_blank": True, "blank_id": 4},
     "ctc head": {"ctc_head": True},
@@ -52,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 ENCODERS = {
     name: VARIANTS[name]
-    for name in ("published", "rotary", "a kernel longer than the chunk", "all together")
+    for name in ("published", "rotary", "a kernel longer than the chunk", "halving", "all together")
 }
 PREDICTORS = {
     name: VARIANTS[name]

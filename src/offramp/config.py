@@ -276,9 +276,11 @@ class Chunking:
 class TransducerConfig:
     """A streaming transducer: Emformer encoder, predictor, joiner; sizes in units of 1.
 
-    vocab_size: the blank included. time_reduction: feature frames per frame of the tower.
-    chunking: used where a call names none. positions: `none`, as published, or `rotary`.
-    kernel_size: frames that a causal convolution in each layer reads; 0: none, as published.
+    vocab_size: the blank included. time_reduction: feature frames per frame of the tower, which
+    `subsampling` makes: `stack`, side by side, as published, or `halving`, layers that halve the
+    rate, each over three frames. chunking: used where a call names none. positions: `none`, as
+    published, or `rotary`. kernel_size: frames that a causal convolution in each layer reads; 0:
+    none, as published.
 
     predictor: `lstm` (`predictor_layers` layers, each with layer norm) or `stateless` (reads the
     last `predictor_context` tokens). d_predictor, d_joint: widths of the predictor, and of what
@@ -301,6 +303,7 @@ class TransducerConfig:
     predictor_context: int = 2
     num_mels: int = 80
     time_reduction: int = 4
+    subsampling: str = "stack"
     positions: str = "none"
     kernel_size: int = 0
     factorised_blank: bool = False
@@ -319,6 +322,7 @@ class TransducerConfig:
         check_range(0, 1, dropout=self.dropout)
         check_choice(
             predictor=(self.predictor, ("lstm", "stateless")),
+            subsampling=(self.subsampling, ("stack", "halving")),
             positions=(self.positions, ("none", "rotary")),
             factorised_blank=(self.factorised_blank, (False, True)),
             ctc_head=(self.ctc_head, (False, True)),
@@ -335,7 +339,12 @@ class TransducerConfig:
         self._check_shapes()
 
     def _check_shapes(self) -> None:
-        if self.d_model % self.time_reduction:
+        factor = self.time_reduction
+        if self.subsampling == "halving" and (factor == 1 or factor.bit_count() != 1):
+            raise ConfigError(
+                f"time_reduction is {factor}; with subsampling halving it must be 2, 4, 8, ..."
+            )
+        if self.subsampling == "stack" and self.d_model % self.time_reduction:
             raise ConfigError(
                 f"d_model {self.d_model} is not a multiple of time_reduction "
                 f"{self.time_reduction}; each feature frame fills an equal share of a frame"
@@ -355,6 +364,11 @@ class TransducerConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
+
+    @property
+    def history(self) -> int:
+        """Feature frames before its own from which a frame of the tower is made."""
+        return self.time_reduction - 1 if self.subsampling == "halving" else 0
 
     def output_frames(self, num_frames: int) -> int:
         """Frames of the tower for `num_frames` feature frames; none is lost."""

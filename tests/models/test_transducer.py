@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import toy_transducer
@@ -94,6 +95,17 @@ def test_a_chunk_is_written_as_soon_as_it_and_its_right_context_came() -> None:
         rest, count = model.encoder.finish(state)
         assert rest.shape[1] == int(count) == 2
         assert model.encoder.finish(state)[0].shape[1] == 0, "nothing is written twice"
+
+
+def test_the_audio_reaches_the_top_of_a_new_model() -> None:
+    """Its own share there; with layers that add as much as they get it would be a thousandth."""
+    model = Transducer(toy_transducer.config(num_layers=12, kernel_size=5, positions="rotary"))
+    model.init_weights(0)
+    encoder = model.requires_grad_(False).eval().encoder
+    state = encoder.embed(*features([40]))
+    bottom, top = state.h, encoder.run(state, 0, 12).h
+    bottom = F.layer_norm(bottom, bottom.shape[-1:])
+    assert F.cosine_similarity(bottom, top, dim=-1).mean() > 0.7
 
 
 @every_encoder

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import toy_encoder
+import toy_transducer
 from offramp.nn.conformer import (
     ConformerLayer,
     ConvModule,
@@ -22,7 +23,7 @@ from offramp.nn.conformer import (
     attend_plainly,
     sinusoids,
 )
-from offramp.nn.subsampling import Downsample, Subsampling, upsample
+from offramp.nn.subsampling import Downsample, Halving, Subsampling, upsample
 
 D = 16
 
@@ -232,6 +233,18 @@ def test_the_pool_is_a_mean_weighted_by_place_over_real_frames() -> None:
     assert torch.equal(y[1, 2], torch.zeros(D))
     close(Downsample(2, True)(x, None)[:, 0], x[:, :2].mean(1))
     assert torch.equal(Downsample(2, False)(x, None), x[:, ::2])
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_halving_is_convolutions_of_stride_two(factor: int) -> None:
+    it = Halving(toy_transducer.config(subsampling="halving", time_reduction=factor))
+    x = random(2, 5 * factor + factor - 1, 8)
+    expected = x.transpose(1, 2)
+    for layer in it.layers:
+        kernel = layer.weight.view(len(layer.weight), 3, -1).transpose(1, 2)
+        expected = F.silu(F.conv1d(expected, kernel, layer.bias, stride=2))
+    assert expected.shape == (2, 16, 5)
+    close(it(x), expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize("subsampling", [2, 4, 8])

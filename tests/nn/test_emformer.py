@@ -90,8 +90,8 @@ def slow(encoder: EmformerEncoder, x: Tensor, chunking: Chunking) -> Tensor:
     """Features [T, F] of one utterance -> [T', J]."""
     config = encoder.config
     r, S = config.time_reduction, chunking.chunk
-    x = F.pad(encoder.feature_norm(x), (0, 0, 0, -len(x) % r))
-    frames = encoder.input(x).reshape(-1, config.d_model)
+    x = F.pad(encoder.feature_norm(x), (0, 0, config.history, -len(x) % r))
+    frames = encoder.input(x[None])[0]
     layers = [SlowLayer(layer, config, chunking) for layer in encoder.layers]
     written = []
     for start in range(0, len(frames), S):

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import toy_batches
+import toy_encoder
 import toy_speech
 import toy_transducer
-from offramp.audio.features import FeatureConfig
+from offramp.audio.features import FeatureConfig, normalize
 from offramp.config import Chunking
 from offramp.decoding.exit_policies import edit_distance
 from offramp.decoding.transducer import TransducerSearch
 from offramp.errors import ConfigError, DataError
+from offramp.models.ctc import CTCEncoder
 from offramp.models.transducer import Transducer
 from offramp.train.augment import SpecAugment
 from offramp.train.ctc import SpeechBatch
@@ -277,6 +279,8 @@ def test_every_model_trains_with_everything_on(changes: dict[str, Any]) -> None:
         ({"chunks": (4, -1)}, "chunks is -1"),
         ({"ctc": -0.1}, r"ctc is -0\.1"),
         ({"autocast": "fp16"}, "autocast is 'fp16'"),
+        ({"distill": 1.1}, r"distill is 1\.1"),
+        ({"distill": 0.5, "ctc": 0.0}, "distill is 0.5, of what the CTC head learns, and ctc is 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -287,6 +291,55 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
 def test_ctc_needs_a_head() -> None:
     with pytest.raises(ConfigError, match="has no CTC head; set ctc_head"):
         task(changes={"ctc_head": False})
+
+
+# -- a teacher ---------------------------------------------------------------------------------
+
+
+def teacher(**changes: Any) -> CTCEncoder:
+    """With the frames and tokens of `transducer()`."""
+    return toy_encoder.encoder(**{"subsampling": 2, "pad_edges": True, **changes})
+
+
+@torch.no_grad()
+def test_a_teacher_is_what_a_share_of_the_ctc_head_learns() -> None:
+    """By hand, utterance by utterance; one has no loss, another lies in padding."""
+    batch = dataclasses.replace(speech(0), targets=[[2, 7], [1] * 30, [3], []])
+    model, theirs = transducer(), teacher()
+    found = {}
+    for share in (0.0, 0.3, 1.0):
+        training = TransducerTraining(distill=share)
+        given = None if share == 0.0 else theirs
+        it = TransducerTask(model, Fixed(batch), training, seed=5, teacher=given)
+        with torch.enable_grad():
+            found[share] = it.backward(0, 0, 1)["loss_ctc"]
+    taught = 0.0
+    for row in (0, 2, 3):
+        n = batch.lengths[row : row + 1]
+        x = batch.features[row : row + 1, : int(n)]
+        state = theirs.embed(normalize(x, n), n)
+        p = theirs.logits(theirs.run(state, 0, 5), 5).log_softmax(-1)[0]
+        q = model.ctc_log_probs(model.encoder(x, n)[0])[0]
+        assert len(p) == len(q)
+        taught += float((p.exp() * (p - q)).sum())
+    assert found[1.0] == pytest.approx(taught, rel=1e-4)
+    assert found[0.3] == pytest.approx(0.7 * found[0.0] + 0.3 * taught, rel=1e-4)
+    assert all(p.grad is None for p in theirs.parameters())
+
+
+@pytest.mark.parametrize(
+    ("share", "changes", "message"),
+    [
+        (0.0, {}, "distill is 0.0 and there is a teacher; give both or neither"),
+        (0.5, None, "distill is 0.5 and there is no teacher"),
+        (0.5, {"subsampling": 4}, "feature frames per frame: the teacher has 4, the model 2"),
+        (0.5, {"vocab_size": 12}, "vocab_size: the teacher has 12, the model 11"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_refused(share: float, changes: Any, message: str) -> None:
+    given = None if changes is None else teacher(**changes)
+    with pytest.raises(ConfigError, match=message):
+        task(TransducerTraining(distill=share), teacher=given)
 
 
 # -- learning ----------------------------------------------------------------------------------

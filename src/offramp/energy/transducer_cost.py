@@ -57,10 +57,10 @@ def encoder_call(config: TransducerConfig, chunking: Chunking | None = None) -> 
     """One chunk, right context included: it is heard again with the next."""
     chunking = chunking or config.chunking
     D, J, S, own = config.d_model, config.d_joint, chunking.chunk, chunking.frames
-    reduced = config.num_mels * D // config.time_reduction  # weights of the input
+    reduced, reduced_macs = _subsampling(config, own)
     layers = {f"layers.{n}": _layer_weights(config) for n in range(config.num_layers)}
     parts = {"input": reduced} | layers | {"output": D * J + 3 * J}
-    macs = own * config.time_reduction * reduced + S * D * J
+    macs = reduced_macs + S * D * J
     macs += config.num_layers * _layer_macs(config, chunking)
     banked = int(chunking.memory > 0)
     before = max(0, config.kernel_size - 1)
@@ -94,6 +94,19 @@ def blank_call(config: TransducerConfig) -> CallCost:
     """The scorer of a factorised blank, before every `joiner_call` or in its place."""
     assert config.factorised_blank, "only a factorised blank has a scorer of its own"
     return CallCost({"weights": config.d_joint + 1}, config.d_joint)
+
+
+def _subsampling(config: TransducerConfig, frames: int) -> tuple[int, int]:
+    """(weights, MACs that make `frames` frames of the tower)."""
+    D, factor = config.d_model, config.time_reduction
+    if config.subsampling == "stack":
+        weights = config.num_mels * D // factor
+        return weights, frames * factor * weights
+    inputs = [3 * (D if n else config.num_mels) for n in range(factor.bit_length() - 1)]
+    # The last writes `frames`; each before it, what three of every two of the next read.
+    rows = [(frames + 1) * (factor >> n) - 1 for n in range(1, len(inputs) + 1)]
+    macs = sum(count * size * D for count, size in zip(rows, inputs, strict=True))
+    return sum(size * D + D for size in inputs), macs
 
 
 def _layer_weights(config: TransducerConfig) -> int:

@@ -21,6 +21,7 @@ from offramp.nn.conformer import Dropout
 from offramp.nn.emformer import EmformerLayer, Segments
 from offramp.nn.predictors import LSTMPredictor, StatelessPredictor
 from offramp.nn.stream_state import StreamState
+from offramp.nn.subsampling import Halving, Stack
 
 _LEAST_VARIANCE = 1e-5  # of features that never vary
 
@@ -116,7 +117,9 @@ class EmformerEncoder(nn.Module):
         self.config = config
         D = config.d_model
         self.feature_norm = FeatureNorm(config.num_mels)
-        self.input = nn.Linear(config.num_mels, D // config.time_reduction, bias=False)
+        self.input: Stack | Halving = (
+            Stack(config) if config.subsampling == "stack" else Halving(config)
+        )
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(EmformerLayer(config) for _ in range(config.num_layers))
         self.output_projection = nn.Linear(D, config.d_joint)
@@ -213,7 +216,8 @@ class EmformerEncoder(nn.Module):
         state.received += lengths
         state.ended |= lengths < features.shape[1]
         heard = []
-        while state.pending.shape[1] >= state.chunking.frames * self.config.time_reduction:
+        needed = self.config.history + state.chunking.frames * self.config.time_reduction
+        while state.pending.shape[1] >= needed:
             heard.append(self._advance(state))
         return self._joined(heard, state)
 
@@ -231,9 +235,8 @@ class EmformerEncoder(nn.Module):
         """Hear one chunk, as far as its features have come."""
         cfg, S = self.config, state.chunking.chunk
         used = S * cfg.time_reduction
-        features = state.pending[:, : state.chunking.frames * cfg.time_reduction]
-        lengths = (state.received - state.chunks * used).clamp(min=0)
-        tower = self._start(features, lengths, state.chunking, 1, state)
+        lengths = state.received - state.chunks * used
+        tower = self._start(state.pending, lengths, state.chunking, 1, state)
         tower = self.run(tower, 0, cfg.num_layers)
         state.pending = state.pending[:, used:].clone()  # a view would keep the whole alive
         state.chunks += 1
@@ -258,20 +261,27 @@ class EmformerEncoder(nn.Module):
         count: int,
         stream: StreamState | None = None,
     ) -> EmformerState:
-        """`count` chunks from features [B, T, F], of which `lengths` [B] (or all) are real."""
-        cfg, S = self.config, chunking.chunk
-        wanted = (count * S + chunking.right_context) * cfg.time_reduction
+        """`count` chunks from features [B, T, F], of which those before `lengths` [B] are real.
+
+        In a stream, features begin with the history of the first chunk, which is not in `lengths`.
+        """
+        cfg, S, history = self.config, chunking.chunk, self.config.history
+        first = 0 if stream is None else stream.chunks
+        if stream is None:
+            features = F.pad(features, (0, 0, history, 0))
+        wanted = history + (count * S + chunking.right_context) * cfg.time_reduction
         features = F.pad(features[:, :wanted], (0, 0, 0, max(0, wanted - features.shape[1])))
-        real = torch.arange(wanted, device=features.device) < lengths[:, None]
+        at = torch.arange(-history, wanted - history, device=features.device)
+        real = (at < lengths[:, None]) & ((at >= 0) | (first > 0))
         features = self.feature_norm(features.to(self.dtype))
         features = features.masked_fill(~real[:, :, None], 0.0)
-        frames = self.dropout(self.input(features).view(len(features), -1, cfg.d_model))
+        frames = self.dropout(self.input(features))
         h = frames.unfold(1, chunking.frames, S).transpose(2, 3).contiguous()
         frame_lengths = -torch.div(-lengths, cfg.time_reduction, rounding_mode="floor")
-        first = 0 if stream is None else stream.chunks
         segments = Segments.of(cfg, chunking, frame_lengths + first * S, first, count)
         memory = h[:, :, :S].mean(dim=2) if chunking.memory else None
-        return EmformerState(h, 0, frame_lengths.clamp(max=count * S), segments, memory, stream)
+        heard = frame_lengths.clamp(0, count * S)
+        return EmformerState(h, 0, heard, segments, memory, stream)
 
     def _check_features(self, features: Tensor, lengths: Tensor, least: int) -> None:
         num_mels = self.config.num_mels
@@ -373,14 +383,19 @@ class Transducer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Norms 1, biases 0, embeddings N(0, 1), matrices Xavier-uniform; kernels by their reach.
 
-        The statistics of the features stay as they are.
+        What is added in a layer of the encoder is small at first: every layer ends in a norm, and
+        ten layers that each halve what comes from below would hide the audio from the top. The
+        statistics of the features stay as they are.
         """
         generator = torch.Generator().manual_seed(seed)
+        added = (".attention.output.weight", ".convolution.output.weight", ".down.weight")
+        share = (len(added) * self.config.num_layers) ** -0.5
         for name, p in self.named_parameters():
             if name.endswith("embedding.weight"):
                 p.normal_(generator=generator)
             elif p.ndim == 2:
-                nn.init.xavier_uniform_(p, generator=generator)
+                gain = share if name.endswith(added) else 1.0
+                nn.init.xavier_uniform_(p, gain, generator=generator)
             elif p.ndim > 2:
                 bound = p[0].numel() ** -0.5
                 p.uniform_(-bound, bound, generator=generator)

@@ -20,9 +20,9 @@ class StreamState:
     """The tensors of B streams that advance together, chunk by chunk.
 
     keys, values: [layers, B, M + L, D], of summaries and left context. frames: [layers, B, K - 1,
-    D], for the convolution. pending: [B, P, F], features that wait for their chunk to be full.
-    received: int64 [B], feature frames so far. ended: bool [B], rows that get no more. chunks:
-    how many were heard.
+    D], for the convolution. pending: [B, P, F], features that wait for their chunk to be full,
+    after the history that subsampling reads before them. received: int64 [B], feature frames so
+    far. ended: bool [B], rows that get no more. chunks: how many were heard.
     """
 
     def __init__(
@@ -43,7 +43,8 @@ class StreamState:
         self.keys = torch.zeros(layers, batch_size, past, D, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.frames = torch.zeros(layers, batch_size, before, D, device=device, dtype=dtype)
-        self.pending = torch.zeros(batch_size, 0, config.num_mels, device=device, dtype=dtype)
+        waiting = (batch_size, config.history, config.num_mels)
+        self.pending = torch.zeros(waiting, device=device, dtype=dtype)
         self.received = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.chunks = 0

@@ -1,7 +1,8 @@
-"""Fewer frames: strided convolutions before the tower, pools for branches at a lower rate.
+"""Fewer frames: before the tower, of whole utterances or of streams, and for slower branches.
 
-None of them lets a padded frame touch a real one: the convolutions take no padding, so what
-they write for real frames reads real frames only; the pools weigh real frames only.
+None of the first lets a padded frame touch a real one: the convolutions take no padding, so what
+they write for real frames reads real frames only; the pools weigh real frames only. Those of a
+stream read no frame after their own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.config import EncoderConfig
+from offramp.config import EncoderConfig, TransducerConfig
 
 
 class Subsampling(nn.Module):
@@ -35,6 +36,43 @@ class Subsampling(nn.Module):
             if self.activation == "silu":
                 x = F.silu(x)
         return x.transpose(1, 2)
+
+
+class Stack(nn.Module):
+    """One matrix for each feature frame; `time_reduction` results side by side are a frame.
+
+    [B, r T', F] -> [B, T', D] (Emformer, arXiv 2010.10759).
+    """
+
+    def __init__(self, config: TransducerConfig) -> None:
+        super().__init__()
+        D = config.d_model
+        self.matrix = nn.Linear(config.num_mels, D // config.time_reduction, bias=False)
+        self.width = D
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames: Tensor = self.matrix(x).view(len(x), -1, self.width)
+        return frames
+
+
+class Halving(nn.Module):
+    """Layers that halve the rate: a matrix over three frames, SiLU; [B, h + r T', F] -> [B, T', D].
+
+    h is `config.history`. Convolutions of kernel 3 and stride 2, written as matrices, so that all
+    that makes a matrix smaller or faster works for them.
+    """
+
+    def __init__(self, config: TransducerConfig) -> None:
+        super().__init__()
+        D, count = config.d_model, config.time_reduction.bit_length() - 1
+        self.layers = nn.ModuleList(
+            nn.Linear(3 * (D if n else config.num_mels), D) for n in range(count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.silu(layer(x.unfold(1, 3, 2).transpose(2, 3).flatten(2)))
+        return x
 
 
 class Downsample(nn.Module):

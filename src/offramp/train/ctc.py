@@ -175,7 +175,7 @@ def distillation(log_probs: Tensor, lengths: Tensor) -> Tensor:
 
     The deepest exit, the last of E, gets no gradient from it.
     """
-    return _kl(log_probs[-1].detach(), log_probs, lengths)
+    return divergence(log_probs[-1].detach(), log_probs, lengths)
 
 
 def disagreement(log_probs: Tensor, lengths: Tensor) -> Tensor:
@@ -185,12 +185,12 @@ def disagreement(log_probs: Tensor, lengths: Tensor) -> Tensor:
     which gets no gradient from it (CR-CTC, arXiv 2410.05101).
     """
     other = log_probs.detach().roll(log_probs.shape[1] // 2, dims=1)
-    return _kl(other, log_probs, lengths)
+    return divergence(other, log_probs, lengths)
 
 
-def _kl(of: Tensor, log_probs: Tensor, lengths: Tensor) -> Tensor:
-    """KL(of || log_probs), over real frames."""
-    real = torch.arange(log_probs.shape[2], device=lengths.device) < lengths[:, None]
+def divergence(of: Tensor, log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """KL(of || log_probs), both [..., B, T, V], summed over the `lengths` [B] real frames."""
+    real = torch.arange(log_probs.shape[-2], device=lengths.device) < lengths[:, None]
     return ((of.exp() * (of - log_probs)).sum(-1) * real).sum(-1)
 
 

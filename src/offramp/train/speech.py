@@ -14,6 +14,7 @@ from offramp.config import EncoderConfig, TransducerConfig
 from offramp.errors import CheckpointError, ConfigError
 from offramp.models import hub
 from offramp.models.ctc import CTCEncoder
+from offramp.models.ctc_checkpoint import load_encoder
 from offramp.models.hf_checkpoint import is_pretrained
 from offramp.models.hf_ctc import FAMILIES
 from offramp.models.transducer import Transducer
@@ -111,12 +112,14 @@ class TransducerRecipe(SpeechData):
     model: its shape, or the folder of a checkpoint to start from, whose tokenizer and statistics of
     the features are kept. The tokenizer of a new one is that of our CTC encoders
     (`ctc_tokenizer`); its statistics are those of the first batches, as augmented.
+    teacher: a CTC encoder of ours with the same tokenizer, for `training.distill`.
     """
 
     name: str
     model: TransducerConfig | str
     train: TrainConfig
     training: TransducerTraining = field(default_factory=TransducerTraining)
+    teacher: str | None = None
 
     def run(self, out: Path, device: str = "cpu") -> Iterator[TrainEvent]:
         """Train or resume in `out`; at the end its `checkpoint` folder holds the model."""
@@ -127,11 +130,13 @@ class TransducerRecipe(SpeechData):
         sources = self.sources(self.train.seed)
         settings = self.settings(sources)
         tokens = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-        settings |= {"start weights": start, "tokenizer": tokens}
+        teacher, taught_by = self._teacher(tokenizer, model.device)
+        settings |= {"start weights": start, "tokenizer": tokens, "teacher weights": taught_by}
         with self.batches(sources, reader, self.train) as batches:
             if start is None and not (out / STATE_FILE).exists():
                 measure_features(model, batches, self.train.steps)
-            task = TransducerTask(model, batches, self.training, self.train.seed, self.dev(reader))
+            seed, dev = self.train.seed, self.dev(reader)
+            task = TransducerTask(model, batches, self.training, seed, dev, teacher)
             yield from train(task, self.train, out, settings)
         if is_first_process():
             files = {"tokenizer.json": tokenizer.to_json()}
@@ -148,11 +153,26 @@ class TransducerRecipe(SpeechData):
         tokenizer = TextTokenizer.load(folder / "tokenizer.json")
         return model, tokenizer, hub.weights_sha256(folder)
 
+    def _teacher(
+        self, tokenizer: TextTokenizer, device: torch.device
+    ) -> tuple[CTCEncoder | None, str | None]:
+        """(the teacher, sha256 of its weights); None, None without one."""
+        if self.teacher is None:
+            return None, None
+        folder = _start_folder(self.teacher, "teacher")
+        teacher = load_encoder(folder, device)
+        if TextTokenizer.load(folder / "tokenizer.json").to_json() != tokenizer.to_json():
+            raise CheckpointError(
+                f"the teacher in {folder} has another tokenizer than the model; start the model "
+                "from a checkpoint that has the teacher's, or take another teacher"
+            )
+        return teacher, hub.weights_sha256(folder)
+
 
 def _start_folder(name: str, setting: str) -> Path:
-    """Of the checkpoint that a recipe starts from, which is `name` in its `setting`."""
+    """Of a checkpoint that a recipe needs, which is `name` in its `setting`."""
     return hub.resolve(
         name,
-        "the recipe starts from it: train the recipe that makes it first (this one's file says "
+        "the recipe needs it: train the recipe that makes it first (this one's file says "
         f"which), or give another with --set {setting}=FOLDER",
     )

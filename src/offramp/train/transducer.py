@@ -15,12 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offramp.audio.features import FeatureConfig, log_mel_batch
-from offramp.config import Chunking, check_choice, check_counts, check_range
+from offramp.audio.features import FeatureConfig, log_mel_batch, normalize
+from offramp.config import (
+    Chunking,
+    EncoderConfig,
+    TransducerConfig,
+    check_choice,
+    check_counts,
+    check_range,
+)
 from offramp.decoding.ctc import greedy
 from offramp.decoding.exit_policies import edit_distance
 from offramp.decoding.transducer import TransducerSearch
 from offramp.errors import ConfigError, DataError
+from offramp.models.ctc import CTCEncoder
 from offramp.models.transducer import Transducer
 from offramp.tokenizer import TextTokenizer
 from offramp.train.augment import SpecAugment
@@ -29,7 +37,9 @@ from offramp.train.ctc import (
     SpeechBatch,
     SpeechBatches,
     ctc_nll,
+    divergence,
     feasible,
+    forward_exits,
     seeded,
 )
 from offramp.train.transducer_loss import (
@@ -63,8 +73,9 @@ class TransducerTraining:
     that the joiner scores in the pruned loss; 0: all of them, exactly. simple, ctc: weights of
     the additive joiner's loss (pruned only) and of CTC beside the transducer's 1. ramp_steps: so
     long the weights move there in a line from 1, 1, and a tenth for the transducer (after
-    arXiv 2206.13236). fastemit: lambda of arXiv 2010.11148; its paper takes about 0.005. augment:
-    SpecAugment, or None. autocast: "bf16" for mixed precision, or "none".
+    arXiv 2206.13236). distill: share of a teacher's posteriors in what the CTC head learns.
+    fastemit: lambda of arXiv 2010.11148; its paper takes about 0.005. augment: SpecAugment, or
+    None. autocast: "bf16" for mixed precision, or "none".
     """
 
     chunks: tuple[int, ...] = ()
@@ -72,6 +83,7 @@ class TransducerTraining:
     simple: float = 0.5
     ctc: float = 0.3
     ramp_steps: int = 0
+    distill: float = 0.0
     fastemit: float = 0.0
     augment: SpecAugment | None = None
     autocast: str = "none"
@@ -82,6 +94,13 @@ class TransducerTraining:
         check_counts(0, window=self.window, ramp_steps=self.ramp_steps)
         check_range(0, simple=self.simple, ctc=self.ctc, fastemit=self.fastemit)
         check_choice(autocast=(self.autocast, ("bf16", "none")))
+        if not 0.0 <= self.distill <= 1.0:
+            raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")
+        if self.distill and not self.ctc:
+            raise ConfigError(
+                f"distill is {self.distill}, of what the CTC head learns, and ctc is 0; give ctc a "
+                "weight, or distill 0"
+            )
         if self.window == 1:
             raise ConfigError("window is 1, from which no path gets on; use at least 2, or 0")
 
@@ -144,9 +163,11 @@ class SimpleJoiner(nn.Module):
 class _Heard:
     """Utterances that have a loss, of a batch in which `infeasible` have none.
 
-    encoded: [B, T', J], of which `frames` [B] are true. tokens: int64 [B, U], `count` [B] each.
+    rows: int64 [B], which of the batch they are. encoded: [B, T', J], of which `frames` [B] are
+    true. tokens: int64 [B, U], `count` [B] each.
     """
 
+    rows: Tensor
     encoded: Tensor
     frames: Tensor
     targets: Sequence[Sequence[int]]
@@ -157,16 +178,17 @@ class _Heard:
     @classmethod
     def of(cls, encoded: Tensor, frames: Tensor, targets: Sequence[Sequence[int]]) -> _Heard:
         kept = feasible(frames, targets)
+        rows = torch.tensor(kept, device=frames.device, dtype=torch.long)
         infeasible = len(targets) - len(kept)
         if infeasible:
-            encoded, frames = encoded[kept], frames[kept]
+            encoded, frames = encoded[rows], frames[rows]
         targets = [targets[row] for row in kept]
         sizes = [len(row) for row in targets]
         tokens = torch.zeros(len(targets), max(sizes, default=0), dtype=torch.long)
         for row, ids in zip(tokens, targets, strict=True):
             row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
         count = torch.tensor(sizes, dtype=torch.long, device=encoded.device)
-        return cls(encoded, frames, targets, tokens.to(encoded.device), count, infeasible)
+        return cls(rows, encoded, frames, targets, tokens.to(encoded.device), count, infeasible)
 
 
 def _exact_nll(model: Transducer, heard: _Heard, fastemit: float = 0.0) -> Tensor:
@@ -191,8 +213,19 @@ def _pruned_nll(
     return transducer_loss(arcs, frames, count, fastemit), simple_nll
 
 
+def _last_exit(teacher: CTCEncoder, batch: SpeechBatch) -> Tensor:
+    """What `teacher` writes of a batch that nothing hides, [B, T, V], log-probabilities."""
+    features, lengths = (x.to(teacher.device) for x in (batch.features, batch.lengths))
+    with torch.no_grad():
+        exits = [teacher.config.exits[-1]]
+        return forward_exits(teacher, normalize(features, lengths), lengths, exits)[0][0]
+
+
 class TransducerTask:
-    """Implements `train.loop.Task` for a transducer over batches of speech."""
+    """Implements `train.loop.Task` for a transducer over batches of speech.
+
+    teacher: a CTC encoder with the model's tokens and frames; needed where the training distills.
+    """
 
     def __init__(
         self,
@@ -201,8 +234,16 @@ class TransducerTask:
         training: TransducerTraining,
         seed: int,
         dev: Sequence[SpeechBatch] = (),
+        teacher: CTCEncoder | None = None,
     ) -> None:
         cfg = transducer.config
+        if (teacher is None) != (training.distill == 0.0):
+            raise ConfigError(
+                f"distill is {training.distill} and there is {'no' if teacher is None else 'a'} "
+                "teacher; give both or neither"
+            )
+        if teacher is not None:
+            _check_teacher(teacher.config, cfg)
         if training.ctc and transducer.ctc_head is None:
             raise ConfigError(
                 f"ctc is {training.ctc}, and the model has no CTC head; set ctc_head in its "
@@ -215,7 +256,7 @@ class TransducerTask:
             parts["simple"] = self._simple
         self.model: nn.Module = nn.ModuleDict(parts)
         self.batches, self.training, self.dev, self.seed = batches, training, dev, seed
-        self._transducer, self._warn = transducer, LeftOutWarning()
+        self._transducer, self._warn, self._teacher = transducer, LeftOutWarning(), teacher
 
     def backward(self, step: int, shard: int, num_shards: int) -> Mapping[str, float]:
         """Add shard `shard`'s share of step `step`'s gradient; returns sums over its utterances.
@@ -234,7 +275,7 @@ class TransducerTask:
                     "frames; use a lower time_reduction, longer tokens, or leave these out"
                 )
             nll, simple = self._transducer_nll(heard)
-            ctc = self._ctc_nll(heard) if weights.ctc else torch.zeros_like(nll)
+            ctc = self._ctc_loss(heard, batch) if weights.ctc else torch.zeros_like(nll)
         if heard.infeasible:
             self._warn(step, heard.infeasible)
         num_targets = sum(map(len, heard.targets))
@@ -287,6 +328,18 @@ class TransducerTask:
             return _pruned_nll(model, self._simple, heard, cfg.window, cfg.fastemit)
         nll = _exact_nll(model, heard, cfg.fastemit)
         return nll, torch.zeros_like(nll)
+
+    def _ctc_loss(self, heard: _Heard, batch: SpeechBatch) -> Tensor:
+        """What the CTC head learns, [B]: the text and, where there is one, the teacher."""
+        nll, share = self._ctc_nll(heard), self.training.distill
+        if self._teacher is None:
+            return nll
+        theirs = _last_exit(self._teacher, batch).to(nll.device)[heard.rows]
+        ours = self._transducer.ctc_log_probs(heard.encoded)
+        frames = min(theirs.shape[1], ours.shape[1])
+        lengths = heard.frames.clamp(max=frames)
+        taught = divergence(theirs[:, :frames], ours[:, :frames], lengths)
+        return (1 - share) * nll + share * taught
 
     def _ctc_nll(self, heard: _Heard) -> Tensor:
         """Nats of the CTC head, [B]."""
@@ -343,6 +396,16 @@ class TransducerTask:
         search = TransducerSearch(model.predictor, model.joiner, model.config.blank_id)
         states = [search.start(model.device)] * len(encoded)
         return [search.best(state)[0].tokens for state in search.step(states, encoded, frames)]
+
+
+def _check_teacher(teacher: EncoderConfig, student: TransducerConfig) -> None:
+    """ConfigError: its posteriors are not of the student's frames or tokens."""
+    theirs = (teacher.subsampling, teacher.vocab_size, teacher.blank_id, teacher.num_mels)
+    ours = (student.time_reduction, student.vocab_size, student.blank_id, student.num_mels)
+    names = ("feature frames per frame", "vocab_size", "blank_id", "num_mels")
+    for name, their, our in zip(names, theirs, ours, strict=True):
+        if their != our:
+            raise ConfigError(f"{name}: the teacher has {their}, the model {our}; they must agree")
 
 
 def _edits(written: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> int:
