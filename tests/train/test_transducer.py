@@ -137,6 +137,11 @@ def test_the_additive_joiner_learns_too_and_smaller_windows_cost_more() -> None:
     whole, narrow = (task(TransducerTraining(window=window)) for window in (4, 2))
     losses = [it.backward(3, 0, 1) for it in (whole, narrow)]
     assert losses[0]["loss"] < losses[1]["loss"] < math.inf, "paths are missing"
+    found = task(TransducerTraining(window=2, simple=0.0))
+    assert losses[0]["loss"] < found.backward(3, 0, 1)["loss"] < losses[1]["loss"], (
+        "the model knows better than a new joiner where its paths run"
+    )
+    assert not any(name.startswith("simple") for name, _ in found.model.named_parameters())
     assert losses[0]["loss_simple"] == pytest.approx(losses[1]["loss_simple"])
     assert gradient(narrow, "simple").any()
 

@@ -1,8 +1,8 @@
 """Fine-tuning a pruned transducer by the recipe that trained it: its data, its losses, its zeros.
 
 The joiner that finds the windows of the pruned loss is not in a checkpoint, and untrained it would
-mislead the model; so here the loss is exact. A model that no longer has its CTC head does without
-that loss. Steps are a tenth as long as at the recipe's peak.
+mislead the model; so here the model itself finds them. A model that no longer has its CTC head
+does without that loss and without a teacher. Steps are a tenth as long as at the recipe's peak.
 """
 
 from __future__ import annotations
@@ -61,10 +61,13 @@ def finetuner(
         reader = TransducerReader(FeatureConfig(num_mels=model.config.num_mels), tokenizer)
         sources = recipe.sources(config.seed)
         settings = recipe.settings(sources) | {"start": start}
-        ctc = 0.0 if model.ctc_head is None else recipe.training.ctc
-        training = replace(recipe.training, window=0, ramp_steps=0, ctc=ctc)
+        training, teacher = replace(recipe.training, simple=0.0, ramp_steps=0), None
+        if model.ctc_head is None:
+            training = replace(training, ctc=0.0, distill=0.0)
+        else:
+            teacher, _ = recipe.load_teacher(tokenizer, model.device)
         with recipe.batches(sources, reader, config) as batches, zeros_held(model):
-            task = TransducerTask(model, batches, training, config.seed)
+            task = TransducerTask(model, batches, training, config.seed, teacher=teacher)
             for _ in train(task, config, state, settings):
                 pass
         shutil.rmtree(state)

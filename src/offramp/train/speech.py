@@ -130,7 +130,7 @@ class TransducerRecipe(SpeechData):
         sources = self.sources(self.train.seed)
         settings = self.settings(sources)
         tokens = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-        teacher, taught_by = self._teacher(tokenizer, model.device)
+        teacher, taught_by = self.load_teacher(tokenizer, model.device)
         settings |= {"start weights": start, "tokenizer": tokens, "teacher weights": taught_by}
         with self.batches(sources, reader, self.train) as batches:
             if start is None and not (out / STATE_FILE).exists():
@@ -153,10 +153,13 @@ class TransducerRecipe(SpeechData):
         tokenizer = TextTokenizer.load(folder / "tokenizer.json")
         return model, tokenizer, hub.weights_sha256(folder)
 
-    def _teacher(
+    def load_teacher(
         self, tokenizer: TextTokenizer, device: torch.device
     ) -> tuple[CTCEncoder | None, str | None]:
-        """(the teacher, sha256 of its weights); None, None without one."""
+        """(the teacher, sha256 of its weights); None, None without one.
+
+        CheckpointError: `tokenizer`, of the model it is to teach, is not its own.
+        """
         if self.teacher is None:
             return None, None
         folder = _start_folder(self.teacher, "teacher")

@@ -71,7 +71,9 @@ class TransducerTraining:
     chunks: sizes in frames of the tower, 0 for the whole utterance; each step draws one. Empty: the
     model's own chunking; its left and right context are kept in any case. window: nodes per frame
     that the joiner scores in the pruned loss; 0: all of them, exactly. simple, ctc: weights of
-    the additive joiner's loss (pruned only) and of CTC beside the transducer's 1. ramp_steps: so
+    the additive joiner's loss (pruned only) and of CTC beside the transducer's 1. simple 0: no such
+    joiner; the model scores all nodes, without a gradient, to find the windows, which takes longer
+    and is right from the first step in a model that has been trained. ramp_steps: so
     long the weights move there in a line from 1, 1, and a tenth for the transducer (after
     arXiv 2206.13236). distill: share of a teacher's posteriors in what the CTC head learns.
     fastemit: lambda of arXiv 2010.11148; its paper takes about 0.005. augment: SpecAugment, or
@@ -108,7 +110,7 @@ class TransducerTraining:
         done = 1.0 if self.ramp_steps == 0 else min(1.0, step / self.ramp_steps)
         return LossWeights(
             _FIRST_WEIGHT + (1.0 - _FIRST_WEIGHT) * done,
-            0.0 if self.window == 0 else 1.0 + (self.simple - 1.0) * done,
+            0.0 if self.window == 0 or self.simple == 0.0 else 1.0 + (self.simple - 1.0) * done,
             0.0 if self.ctc == 0.0 else 1.0 + (self.ctc - 1.0) * done,
         )
 
@@ -191,22 +193,40 @@ class _Heard:
         return cls(rows, encoded, frames, targets, tokens.to(encoded.device), count, infeasible)
 
 
+def _all_arcs(model: Transducer, heard: _Heard, predicted: Tensor, labels: Tensor) -> Lattice:
+    """The joiner's of every node."""
+    logits = model.joiner(heard.encoded[:, :, None], predicted[:, None])
+    return softmax_arcs(logits, labels[:, None], model.config.blank_id)
+
+
 def _exact_nll(model: Transducer, heard: _Heard, fastemit: float = 0.0) -> Tensor:
     """Nats of the transducer over all paths, [B]: the joiner scores every node."""
     predicted, labels = model.predictor(heard.tokens), label_after(heard.tokens)
-    logits = model.joiner(heard.encoded[:, :, None], predicted[:, None])
-    arcs = softmax_arcs(logits, labels[:, None], model.config.blank_id)
+    arcs = _all_arcs(model, heard, predicted, labels)
     return transducer_loss(arcs, heard.frames, heard.count, fastemit)
 
 
 def _pruned_nll(
-    model: Transducer, simple: SimpleJoiner, heard: _Heard, window: int, fastemit: float = 0.0
+    model: Transducer,
+    simple: SimpleJoiner | None,
+    heard: _Heard,
+    window: int,
+    fastemit: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(nats of the transducer over the likely paths, nats of the additive joiner), both [B]."""
+    """(nats of the transducer over the likely paths, nats of the additive joiner), both [B].
+
+    Without an additive joiner the model's own scores find the windows, and its nats are 0.
+    """
     frames, count, blank_id = heard.frames, heard.count, model.config.blank_id
     predicted, labels = model.predictor(heard.tokens), label_after(heard.tokens)
-    arcs = simple.arcs(heard.encoded, predicted, labels, blank_id)
-    simple_nll, occupancy = loss_and_occupancy(arcs, frames, count)
+    if simple is None:
+        with torch.no_grad():
+            arcs = _all_arcs(model, heard, predicted, labels)
+            simple_nll, occupancy = loss_and_occupancy(arcs, frames, count)
+        simple_nll = torch.zeros_like(simple_nll)
+    else:
+        arcs = simple.arcs(heard.encoded, predicted, labels, blank_id)
+        simple_nll, occupancy = loss_and_occupancy(arcs, frames, count)
     windows = choose_windows(occupancy, frames, count, window)
     logits = model.joiner(heard.encoded[:, :, None], windows.of(predicted))
     arcs = windows.widen(softmax_arcs(logits, windows.of(labels), blank_id))
@@ -251,7 +271,7 @@ class TransducerTask:
             )
         parts: dict[str, nn.Module] = {"transducer": transducer}
         self._simple: SimpleJoiner | None = None
-        if training.window:
+        if training.window and training.simple:
             self._simple = SimpleJoiner(cfg.d_joint, cfg.vocab_size).to(transducer.device)
             parts["simple"] = self._simple
         self.model: nn.Module = nn.ModuleDict(parts)
@@ -324,7 +344,7 @@ class TransducerTask:
     def _transducer_nll(self, heard: _Heard) -> tuple[Tensor, Tensor]:
         """(nats of the transducer, of the additive joiner, 0 where there is none), both [B]."""
         cfg, model = self.training, self._transducer
-        if self._simple is not None:
+        if cfg.window:
             return _pruned_nll(model, self._simple, heard, cfg.window, cfg.fastemit)
         nll = _exact_nll(model, heard, cfg.fastemit)
         return nll, torch.zeros_like(nll)
