@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import soundfile
 
+import toy_encoder
 import toy_streaming
 from commands import offramp
 from offramp.audio.io import read_audio
@@ -28,6 +29,7 @@ from offramp.compress.sensitivity import Grid, Increase, Point
 from offramp.data.manifest import Utterance, read_manifest, write_manifest
 from offramp.decoding.stream_plan import StreamOptions
 from offramp.errors import CheckpointError, ConfigError, DataError, InputError
+from offramp.models.ctc_checkpoint import save_encoder
 from offramp.streaming import StreamingRecognizer
 from toy_plans import alike, drawn
 from toy_streaming import RATE, babble
@@ -452,7 +454,12 @@ def test_an_output_folder_is_looked_at_before_the_work(folder: Path, tmp_path: P
 def test_a_plan_is_fine_tuned_by_the_recipe(
     folder: Path, small: tuple[Path, CompressReport, Any], tmp_path: Path
 ) -> None:
-    """And zeros stay zeros until the bits come."""
+    """With its teacher; and zeros stay zeros until the bits come."""
+    source = StreamingRecognizer.load(folder / "m").model
+    tokens = (folder / "m" / "tokenizer.json").read_text()
+    alike = {"subsampling": 4, "vocab_size": source.config.vocab_size}
+    teacher = toy_encoder.encoder(pad_edges=True, **alike)
+    save_encoder(teacher, tmp_path / "teacher", files={"tokenizer.json": tokens})
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         f"""
@@ -462,13 +469,13 @@ from offramp.train.transducer import TransducerTraining
 recipe = TransducerRecipe(
     name="toy", model="unused", sets=({str(folder / "train.tsv")!r},), prefetch=False,
     augmentation=None, batch_seconds=5.0, train=TrainConfig(9, 1e-2, 2),
-    training=TransducerTraining(chunks=(3,), window=3),
+    training=TransducerTraining(chunks=(3,), window=3, distill=0.5),
+    teacher={str(tmp_path / "teacher")!r},
 )
 """
     )
     heard = [replace(u, split="train", text="do re") for u in read_manifest(folder / "dev.tsv")]
     write_manifest(folder / "train.tsv", heard)
-    source = StreamingRecognizer.load(folder / "m").model
     choices = {"joiner": Choice("magnitude", 0.5), "encoder": Choice("feed_forward", 0.5)}
     plan = replace(small[1].best.plan, choices=choices, model=fingerprint(source))
     plan.save(tmp_path / "p.json")
