@@ -142,14 +142,14 @@ def show_exit_quality(report: ExitQuality) -> None:
     title = f"{report.model} on {', '.join(report.data)}"
     if report.kind == "text":
         rows = [
-            [str(e.exit_layer), number(e.bits_per_byte, 3), _percent(e.top1_agreement)]
+            [str(e.exit_layer), number(e.bits_per_byte, 3), percent(e.top1_agreement)]
             for e in report.exits
             if isinstance(e, TextExit)
         ]
         columns = ("exit layer", "bits per byte", "chooses as the last layer, %")
         return table(f"{title} ({report.items:,} tokens)", columns, rows)
     rows = [
-        [str(e.exit_layer), _percent(e.exact_match), _percent(e.exact_match_supported)]
+        [str(e.exit_layer), percent(e.exact_match), percent(e.exact_match_supported)]
         for e in report.exits
         if isinstance(e, ParseExit)
     ]
@@ -167,7 +167,7 @@ def show_tuning(report: TuneReport) -> None:
     for c in report.candidates:
         setting = [str(c.exit_layer), str(c.num_draft_tokens)]
         speed = [number(c.tokens_per_s, 0), number(c.speedup)]
-        rows.append([*setting, *speed, _percent(c.acceptance_rate)])
+        rows.append([*setting, *speed, percent(c.acceptance_rate)])
     columns = ("exit layer", "draft tokens", "tokens/s", "speed-up", "accepted, %")
     table(f"{report.model}: {report.prompts} prompts, {report.threads} threads", columns, rows)
     best = report.best
@@ -195,10 +195,10 @@ def show_layerskip(report: LayerSkipReport) -> None:
     machine = f"{report.threads} threads, {report.dtype}"
     table(f"{report.model}: {setting}, {machine}", columns, rows)
     made = report.overall
-    accepted = _percent(made.arms["self_speculative"].acceptance_rate)
+    accepted = percent(made.arms["self_speculative"].acceptance_rate)
     out.print(
         f"Identical text in all our ways: {'yes' if made.identical else 'NO'}; the same as "
-        f"transformers' for {_percent(made.identical_to_transformers)} % of the prompts.\n"
+        f"transformers' for {percent(made.identical_to_transformers)} % of the prompts.\n"
         f"Accepted: {accepted} % of drafted tokens. Adaptive decoding "
         f"where every draft fails: {report.fallback.vs_autoregressive:.2f} of plain speed."
     )
@@ -211,7 +211,7 @@ def show_splitformer(report: SplitformerReport) -> None:
     rows = []
     for arm, made in report.arms.items():
         for exit_layer, e in made.exits.items():
-            rates = [_percent(w.mean) + _spread(w.std) for w in e.wer.values()]
+            rates = [percent(w.mean) + _spread(w.std) for w in e.wer.values()]
             costs = [number(e.macs_per_audio_s / 1e6, 1), number(1e3 * e.cpu_s_per_audio_s, 2)]
             rows.append([arm, str(exit_layer), *rates, *costs])
     sets = [name.replace("_", " ") for name in report.words]
@@ -231,7 +231,7 @@ def show_splitformer(report: SplitformerReport) -> None:
     title = "WER of ours less theirs, points (*: outside the intervals over strings and takes)"
     table(title, ("at the time of", "our exit", "time, ratio", *sets), rows)
     for exit_layer, best in report.best.items():
-        shown = f"{best.arm} at exit {best.exit_layer} (WER {_percent(best.wer_mean)} %)"
+        shown = f"{best.arm} at exit {best.exit_layer} (WER {percent(best.wer_mean)} %)"
         out.print(f"Best in the time of {BASELINES[0]} {exit_layer}: {shown}")
 
 
@@ -247,22 +247,26 @@ def show_asr(report: AsrReport) -> None:
         rows.append(
             [
                 name,
-                _percent(made.wer),
-                f"{_percent(low)}-{_percent(high)}",
-                _percent(made.cer),
+                percent(made.wer),
+                f"{percent(low)}-{percent(high)}",
+                percent(made.cer),
                 number(made.mean_exit_layer, 1),
                 number(mmacs, 1),
                 number(made.rtf, 4),
             ]
         )
     columns = ("", "WER, %", "95 %", "CER, %", "exit", "MMAC/s", "RTF")
-    size = f"{_count(report.utterances, 'utterance')}, {_count(report.words, 'word')}"
+    size = f"{count(report.utterances, 'utterance')}, {count(report.words, 'word')}"
     table(f"{report.model} on {report.data}: {size}", columns, rows)
     if settings:
         out.print("; ".join(settings))
     if report.left_out:
-        left_out = _count(report.left_out, "utterance")
-        err.print(f"{left_out} left out: a text with numbers or signs has no single reading")
+        show_left_out(report.left_out)
+
+
+def show_left_out(utterances: int) -> None:
+    left_out = count(utterances, "utterance")
+    err.print(f"{left_out} left out: a text with numbers or signs has no single reading")
 
 
 def show_calibration(found: Calibration) -> None:
@@ -271,7 +275,7 @@ def show_calibration(found: Calibration) -> None:
     if found.threshold is not None:
         setting = _setting(found.rule, found.setting, digits=6)
         out.print(
-            f"{found.rule} {setting}: saves {_percent(found.saving)} % of the MACs, "
+            f"{found.rule} {setting}: saves {percent(found.saving)} % of the MACs, "
             f"mean exit layer {found.mean_exit_layer:.1f}, WER per utterance "
             f"{100 * found.mean_excess:+.2f} on this data"
         )
@@ -291,14 +295,14 @@ def _setting(rule: str, threshold: float | None, digits: int) -> str:
 
 
 def _spread(std: float | None) -> str:
-    return "" if std is None else f"±{_percent(std)}"
+    return "" if std is None else f"±{percent(std)}"
 
 
-def _count(n: int, noun: str) -> str:
+def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "-" if share is None else number(100 * share, 1)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from offramp.bench.compress import CompressReport
     from offramp.bench.energy import EnergyReport
     from offramp.bench.stream_profile import StreamProfile
+    from offramp.bench.stream_quality import StreamQuality
     from offramp.compress.plan import CompressionPlan
     from offramp.decoding.speech_stream import Stream
     from offramp.energy.modelled import ModelledEnergy
@@ -78,6 +79,37 @@ def _latency(latency: Latency) -> str:
         f"latency of the first text {latency.first_partial_ms:.0f} ms, median "
         f"{latency.median_ms:.0f} ms, 90 % within {latency.p90_ms:.0f} ms"
     )
+
+
+def show_stream_quality(report: StreamQuality) -> None:
+    """A row per chunk size."""
+    rows = []
+    for size, made in report.chunks.items():
+        low, high = (None, None) if made.wer.ci95 is None else made.wer.ci95
+        latency = made.timing.latency
+        rows.append(
+            [
+                f"{size:g} ms",
+                terminal.percent(made.wer.rate),
+                f"{terminal.percent(low)}-{terminal.percent(high)}",
+                terminal.percent(made.cer),
+                terminal.number(latency.first_partial_ms, 0),
+                terminal.number(latency.median_ms, 0),
+                terminal.number(made.timing.rtf, 4),
+                f"{made.identical} of {report.streamed}",
+            ]
+        )
+    text = ("first text, ms", "median, ms")
+    columns = ("chunk", "WER, %", "95 %", "CER, %", *text, "RTF", "as whole")
+    words = terminal.count(report.words, "word")
+    size = f"{terminal.count(report.utterances, 'utterance')}, {words}"
+    terminal.table(f"{report.model} on {report.data}: {size}", columns, rows)
+    terminal.out.print(
+        f"Latency, RTF (one thread) and the last column, texts that a stream writes as they are "
+        f"written at once: of {terminal.count(report.streamed, 'recording')}, really streamed."
+    )
+    if report.left_out:
+        terminal.show_left_out(report.left_out)
 
 
 def show_profile(report: StreamProfile) -> None:

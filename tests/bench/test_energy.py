@@ -19,11 +19,7 @@ from offramp.bench.energy import (
     EnergyOptions,
     EnergyReport,
     Row,
-    Timing,
-    one_thread,
     run,
-    spread,
-    timings,
 )
 from offramp.bench.energy_arms import (
     ARMS,
@@ -37,6 +33,7 @@ from offramp.bench.energy_arms import (
     find_arms,
     prepare,
 )
+from offramp.bench.stream_timing import Timing
 from offramp.compress.plan import CompressionPlan
 from offramp.compress.sensitivity import Grid
 from offramp.data.manifest import Utterance, read_manifest, write_manifest
@@ -342,38 +339,3 @@ def test_rank_stability_is_the_least_fraction() -> None:
 def test_the_pareto_front_holds_what_nothing_matches() -> None:
     points = [(3.0, 1.0), (1.0, 5.0), (2.0, 5.0), (2.0, 2.0), (4.0, 1.0)]
     assert pareto(points) == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
-
-
-# -- time --------------------------------------------------------------------------------------
-
-
-def test_arms_take_turns_on_one_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = StreamingRecognizer.load(folder / "m")
-    recordings = spread(development((str(folder / "dev.tsv"),)), 2)
-    assert [len(samples) for samples in recordings] == 2 * [round(SECONDS * RATE)]
-    seen: list[tuple[int, int]] = []
-    opened: list[StreamingRecognizer] = []
-    original = StreamingRecognizer.open
-
-    def counted(self: StreamingRecognizer, *options: Any) -> Any:
-        assert torch.get_num_threads() == 1
-        opened.append(self)
-        return original(self, *options)
-
-    monkeypatch.setattr(StreamingRecognizer, "open", counted)
-    other = StreamingRecognizer(loaded.model, loaded.pieces)
-    threads = torch.get_num_threads()
-    found = timings({"a": loaded, "b": other}, recordings, 1, lambda *done: seen.append(done))
-    assert seen == [(1, 1)] and torch.get_num_threads() == threads
-    turns = [["a", "b"][self is other] for self in opened]
-    assert turns == ["a", "b", "b", "a", "b", "a", "a", "b"], "an unmeasured round comes first"
-    for timing in found.values():
-        assert timing.rtf > 0 and (timing.latency.first_partial_ms or 0) > 0
-
-
-def test_threads_come_back_after_an_error() -> None:
-    before = torch.get_num_threads()
-    with pytest.raises(ValueError, match="broken"), one_thread():
-        assert torch.get_num_threads() == 1
-        raise ValueError("broken")
-    assert torch.get_num_threads() == before

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from offramp.audio.io import SAMPLE_RATE, read_audio
 from offramp.bench.arms import Progress
-from offramp.bench.wer import character_edits, error_rate, need_jiwer, word_edits
+from offramp.bench.wer import as_reference, character_edits, error_rate, need_jiwer, word_edits
 from offramp.config import check_counts, check_positive
 from offramp.data.manifest import Utterance, read_manifest
-from offramp.data.speech import normalize_text, normalized
+from offramp.data.speech import normalized
 from offramp.decoding.calibration import Calibration, DevRun, calibrate, says_nothing
 from offramp.decoding.ctc import Hypothesis, text
 from offramp.decoding.early_exit_ctc import EarlyExit, EarlyExitOptions, early_exit
@@ -371,12 +371,7 @@ def _early_exit(
 
 
 def _text(recognizer: Recognizer, hypothesis: Hypothesis) -> str:
-    """Normalised as references are."""
-    written = text(hypothesis.tokens, recognizer.pieces)
-    try:
-        return normalize_text(written)
-    except DataError:
-        return written  # signs that no reference has: its words count as errors
+    return as_reference(text(hypothesis.tokens, recognizer.pieces))
 
 
 def _result(

@@ -16,13 +16,12 @@ from typing import Any
 
 from offramp.audio.io import read_audio
 from offramp.bench.equal_time import pooled
-from offramp.bench.wer import Edits, error_rate, paired_difference, word_edits
+from offramp.bench.wer import Edits, as_reference, error_rate, paired_difference, word_edits
 from offramp.compress.candidates import Heard
 from offramp.compress.plan import Choice
 from offramp.compress.sensitivity import Increase, Point
 from offramp.config import strict
 from offramp.data.manifest import Utterance
-from offramp.data.speech import normalize_text
 from offramp.decoding.stream_plan import StreamOptions, StreamPlan
 from offramp.energy.trace import StreamTrace
 from offramp.errors import ConfigError, DataError, InputError
@@ -79,16 +78,8 @@ class Ear:
     def edits(self, model: Transducer, options: StreamOptions) -> list[Edits]:
         """Of each utterance."""
         plan = StreamPlan(model, self.pieces, options)
-        written = [_normal(plan.read_whole(read_audio(u.path))) for u in self._utterances]
+        written = [as_reference(plan.read_whole(read_audio(u.path))) for u in self._utterances]
         return word_edits([u.text for u in self._utterances], written)
-
-
-def _normal(written: str) -> str:
-    """As references are."""
-    try:
-        return normalize_text(written)
-    except DataError:
-        return written  # signs that no reference has: its words count as errors
 
 
 def data_sha256(utterances: Sequence[Utterance]) -> str:

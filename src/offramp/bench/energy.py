@@ -9,18 +9,11 @@ and what is measured never meet in one figure, and the report says which is whic
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from offramp.audio.io import SAMPLE_RATE, read_audio
-from offramp.audio.live import BLOCK_S
 from offramp.bench.arms import Progress
 from offramp.bench.compress_measure import Ear
 from offramp.bench.compress_rounds import stored_bytes
@@ -36,6 +29,7 @@ from offramp.bench.energy_arms import (
 )
 from offramp.bench.equal_time import pooled
 from offramp.bench.stream_profile import ProfileOptions
+from offramp.bench.stream_timing import Timing, spread, timings
 from offramp.bench.wer import Edits, error_rate, need_jiwer
 from offramp.compress.components import as_run
 from offramp.compress.plan import CompressionPlan
@@ -45,7 +39,6 @@ from offramp.decoding.stream_plan import StreamOptions
 from offramp.energy.profiles import SHIPPED, Profile
 from offramp.energy.uncertainty import DEFAULT_SWEEP, Plan, Sweep, fraction_better
 from offramp.errors import InputError
-from offramp.stream_events import Event, Latency
 from offramp.streaming import StreamingRecognizer
 
 
@@ -64,14 +57,6 @@ class EnergyOptions:
 
     def __post_init__(self) -> None:
         check_counts(1, timed=self.timed, rounds=self.rounds)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Measured. rtf: CPU seconds of one thread per second of audio. latency: medians."""
-
-    rtf: float
-    latency: Latency
 
 
 @dataclass(frozen=True)
@@ -193,7 +178,7 @@ def run(
             heard[arm].append(_heard(seed, folder, utterances, profiles))
             tell(done := done + 1, total)
     times = timings(
-        firsts,
+        {arm: recognizer.open for arm, recognizer in firsts.items()},
         spread(utterances, options.timed),
         options.rounds,
         lambda n, _: tell(done + n, total),
@@ -256,82 +241,3 @@ def _row(heard: Sequence[_Heard], timing: Timing, plan: CompressionPlan) -> Row:
         plan=plan,
         runs=heard[0].runs,
     )
-
-
-# -- time ----------------------------------------------------------------------------------------
-
-
-def spread(utterances: Sequence[Utterance], count: int) -> list[Tensor]:
-    """Samples of up to `count` of them, from short to long."""
-    ordered = sorted(utterances, key=lambda u: u.seconds)
-    count = min(count, len(ordered))
-    return [
-        read_audio(ordered[(2 * n + 1) * len(ordered) // (2 * count)].path) for n in range(count)
-    ]
-
-
-def timings(
-    arms: Mapping[str, StreamingRecognizer],
-    recordings: Sequence[Tensor],
-    rounds: int,
-    on_progress: Progress | None = None,
-) -> dict[str, Timing]:
-    """Every arm on every recording, as it would come in, `rounds` times, in turns, on one thread.
-
-    Process time, which waiting for a busy machine does not add to; of each recording the median
-    over rounds. One unmeasured round comes first.
-    """
-    names = list(arms)
-    seconds: dict[str, list[list[float]]] = {n: [[] for _ in recordings] for n in names}
-    found: dict[str, list[Latency]] = {n: [] for n in names}
-    with one_thread():
-        for turn in range(rounds + 1):
-            for number, samples in enumerate(recordings):
-                first = (turn + number) % len(names)
-                for name in names[first:] + names[:first]:
-                    taken, events = _streamed(arms[name], samples)
-                    if turn:
-                        seconds[name][number].append(taken)
-                        found[name].append(Latency.of(events))
-            if turn and on_progress is not None:
-                on_progress(turn, rounds)
-    audio_s = sum(map(len, recordings)) / SAMPLE_RATE
-    return {
-        name: Timing(sum(map(statistics.median, seconds[name])) / audio_s, _median(found[name]))
-        for name in names
-    }
-
-
-def _streamed(recognizer: StreamingRecognizer, samples: Tensor) -> tuple[float, list[Event]]:
-    """(CPU seconds, what was said) of a recording that comes in block by block."""
-    began = time.process_time()
-    stream, events = recognizer.open(), list[Event]()
-    for block in torch.split(samples, round(BLOCK_S * SAMPLE_RATE)):
-        events += stream.push(block)
-    events += stream.finish()
-    return time.process_time() - began, events
-
-
-def _median(found: Sequence[Latency]) -> Latency:
-    """Of each figure, over those recordings in which something was said."""
-
-    def over(values: Iterator[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return statistics.median(known) if known else None
-
-    return Latency(
-        over(latency.first_partial_ms for latency in found),
-        over(latency.median_ms for latency in found),
-        over(latency.p90_ms for latency in found),
-    )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch computes on one thread in this scope."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from offramp.config import check_counts
-from offramp.errors import InputError
+from offramp.data.speech import normalize_text
+from offramp.errors import DataError, InputError
 from offramp.results import ratio
 
 _LEAST_UTTERANCES = 10  # fewer, drawn anew, say nothing about others
@@ -119,6 +120,14 @@ def _count(length: int, chunks: Sequence[Any]) -> Edits:
         covered = (c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx)
         counts[c.type] += max(covered)
     return Edits(counts["substitute"], counts["delete"], counts["insert"], length)
+
+
+def as_reference(written: str) -> str:
+    """`written` normalised as references are."""
+    try:
+        return normalize_text(written)
+    except DataError:
+        return written  # signs that no reference has: its words count as errors
 
 
 def error_rate(edits: Sequence[Edits], bootstrap: Bootstrap = Bootstrap()) -> ErrorRate:

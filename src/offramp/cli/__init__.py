@@ -32,7 +32,7 @@ VERBS: tuple[Verb, ...] = (
     about.info,
 )
 GROUPS: dict[str, tuple[str, tuple[Verb, ...]]] = {
-    "eval": ("Measure quality.", (evaluation.exits, evaluation.asr)),
+    "eval": ("Measure quality.", (evaluation.exits, evaluation.asr, evaluation.stream)),
     "bench": (
         "Measure what docs/results.md publishes.",
         (bench.layerskip, bench.splitformer, bench.energy),

@@ -1,16 +1,18 @@
-"""Verbs that measure quality: eval exits, eval asr."""
+"""Verbs that measure quality: eval exits, eval asr, eval stream."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from offramp.cli.parameters import (
+    BlankSkip,
     Device,
     Json,
     Limit,
     LmWeight,
     ModelName,
     Split,
+    StreamBeam,
     Threads,
     check_outputs,
     need_extra,
@@ -89,4 +91,42 @@ def asr(
     with terminal.progress(f"asr, {model}") as tell:
         report = run(model, AsrData(data, split, limit), options, device, tell)
     terminal.show_asr(report)
+    terminal.write_json(json, report.to_dict())
+
+
+def stream(
+    *,
+    model: ModelName = "stream-tiny",
+    data: Path,
+    split: Split = None,
+    limit: Limit = None,
+    chunk_ms: tuple[float, ...] = (),
+    beam_size: StreamBeam = None,
+    blank_skip: BlankSkip = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Word and character error rates of a streaming recogniser, its latency and its time.
+
+    References and what is written are compared in lower case, without punctuation.
+
+    Args:
+        data: Manifest (.tsv or .jsonl): path, seconds, text.
+        chunk_ms: Audio that is heard at once (may be given several times); default: what the model
+            was made for.
+    """
+    check_outputs(json)
+    need_extra("wer", "eval stream")
+    set_threads(threads)
+    from offramp import terminal, terminal_energy
+    from offramp.bench.asr import AsrData
+    from offramp.bench.stream_quality import StreamQualityOptions, run
+    from offramp.decoding.stream_plan import StreamOptions
+
+    how = StreamOptions(beam_size=beam_size, blank_skip=blank_skip)
+    options = StreamQualityOptions(chunk_ms, how)
+    with terminal.progress(f"streams, {model}") as tell:
+        report = run(model, AsrData(data, split, limit), options, device, tell)
+    terminal_energy.show_stream_quality(report)
     terminal.write_json(json, report.to_dict())
