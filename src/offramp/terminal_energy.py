@@ -102,8 +102,8 @@ def show_stream_quality(report: StreamQuality) -> None:
     text = ("first text, ms", "median, ms")
     columns = ("chunk", "WER, %", "95 %", "CER, %", *text, "RTF", "as whole")
     words = terminal.count(report.words, "word")
-    size = f"{terminal.count(report.utterances, 'utterance')}, {words}"
-    terminal.table(f"{report.model} on {report.data}: {size}", columns, rows)
+    heard = f"{terminal.count(report.utterances, 'utterance')}, {words}"
+    terminal.table(f"{report.model} on {report.data}: {heard}", columns, rows)
     terminal.out.print(
         f"Latency, RTF (one thread) and the last column, texts that a stream writes as they are "
         f"written at once: of {terminal.count(report.streamed, 'recording')}, really streamed."
