@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offramp.config import Chunking, TransducerConfig
 from offramp.models.transducer import EmformerEncoder
+from offramp.nn import emformer
 from offramp.nn.emformer import EmformerLayer, Gather, SegmentAttention, Segments
 from toy_encoder import features
 from toy_transducer import CHUNKINGS, ENCODERS, transducer
@@ -152,12 +153,29 @@ def test_rows_are_gathered_from_chunks_and_from_the_call_before(
     assert whole.view(count, -1).tolist() == [expected(i) for i in range(count)]
 
 
+@pytest.mark.parametrize("kernel_size", [1, 5])
+def test_few_rows_are_convolved_as_many_are(
+    kernel_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = transducer(kernel_size=kernel_size).encoder.layers[0].convolution
+    assert module is not None
+    x = torch.randn(2, kernel_size + 4, 16, generator=torch.Generator().manual_seed(0))
+    few = module._convolve(x, 5)
+    monkeypatch.setattr(emformer, "_FEW_ROWS", 0)
+    torch.testing.assert_close(few, module._convolve(x, 5), rtol=0, atol=1e-6)
+
+
+def segments(chunking: Chunking, length: int, chunks: range, **changes: Any) -> Segments:
+    return Segments.of(
+        transducer(**changes).config, chunking, torch.tensor([length]), chunks, torch.float32
+    )
+
+
 def test_a_mask_is_made_only_where_something_is_hidden() -> None:
-    config = transducer().config
     chunking = Chunking(3, 4, 1)
 
     def mask(first: int, length: int, chunking: Chunking = chunking) -> Tensor | None:
-        return Segments.of(config, chunking, torch.tensor([length]), first, 1).mask
+        return segments(chunking, length, range(first, first + 1)).mask
 
     assert mask(2, 10) is None, "in the middle of a stream all is there"
     start, end = mask(1, 10), mask(2, 9)
@@ -175,23 +193,22 @@ def test_a_mask_is_made_only_where_something_is_hidden() -> None:
 
 def test_summaries_stay_small() -> None:
     """A bank feeds on itself from layer to layer; loud summaries are cut off at 10."""
-    config = transducer().config
     layer = transducer(positions="rotary").encoder.layers[0]
     chunking = Chunking(3, 2, 1, memory=2)
-    segments = Segments.of(config, chunking, torch.tensor([9]), 0, 3)
+    three = segments(chunking, 9, range(3))
     layer.attention.output.weight.mul_(1000)
-    _, memory = layer(torch.randn(1, 3, 4, 16), torch.randn(1, 3, 16), segments, None)
+    _, memory = layer(torch.randn(1, 3, 4, 16), torch.randn(1, 3, 16), three, None)
     assert memory.abs().max() == 10.0
 
 
 def test_rotary_positions_hold_for_hours() -> None:
     """Only differences count: a day into a stream a chunk is heard as at its beginning."""
-    config = transducer(positions="rotary").config
     chunking, day = Chunking(2, 0), 24 * 3600 * 25 // 2
     layer = transducer(positions="rotary").encoder.layers[0].attention
     x = torch.randn(1, 1, 2, 16, generator=torch.Generator().manual_seed(0))
     early, late = (
-        Segments.of(config, chunking, torch.tensor([2 * first + 2]), first, 1) for first in (0, day)
+        segments(chunking, 2 * first + 2, range(first, first + 1), positions="rotary")
+        for first in (0, day)
     )
     torch.testing.assert_close(
         layer(x, None, early, None)[0], layer(x, None, late, None)[0], rtol=0, atol=1e-5

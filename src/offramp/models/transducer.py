@@ -193,7 +193,7 @@ class EmformerEncoder(nn.Module):
         finally:
             state.close()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def push(
         self, features: Tensor, state: StreamState, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -221,7 +221,7 @@ class EmformerEncoder(nn.Module):
             heard.append(self._advance(state))
         return self._joined(heard, state)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def finish(self, state: StreamState) -> tuple[Tensor, Tensor]:
         """What still waits, once no more features come: as `push`."""
         state.check_open()
@@ -278,7 +278,8 @@ class EmformerEncoder(nn.Module):
         frames = self.dropout(self.input(features))
         h = frames.unfold(1, chunking.frames, S).transpose(2, 3).contiguous()
         frame_lengths = -torch.div(-lengths, cfg.time_reduction, rounding_mode="floor")
-        segments = Segments.of(cfg, chunking, frame_lengths + first * S, first, count)
+        chunks = range(first, first + count)
+        segments = Segments.of(cfg, chunking, frame_lengths + first * S, chunks, self.dtype)
         memory = h[:, :, :S].mean(dim=2) if chunking.memory else None
         heard = frame_lengths.clamp(0, count * S)
         return EmformerState(h, 0, heard, segments, memory, stream)

@@ -19,6 +19,7 @@ from offramp.config import Chunking, TransducerConfig
 from offramp.nn.conformer import Dropout, FeedForward, attend
 from offramp.nn.rotary import rotate
 
+_FEW_ROWS = 32  # up to so many a product and a sum are quicker than a convolution (4 times at 5)
 _SUMMARY_LIMIT = 10.0  # summaries feed on summaries: a bound keeps them from growing
 
 
@@ -40,12 +41,12 @@ class Gather:
     """Brings to every chunk the rows of earlier chunks that it reads.
 
     past: rows kept from the last call, first the summaries, then the frames. read: int64
-    [N (past + S + R)], places in (past rows, new rows). keep: int64 [past], those that the chunk
-    after the last will read.
+    [N (past + S + R)], places in (past rows, new rows); None: all of them in order, as for
+    one chunk without summaries. keep: int64 [past], those that the chunk after the last will read.
     """
 
     past: int
-    read: Tensor
+    read: Tensor | None
     keep: Tensor
 
     @classmethod
@@ -70,7 +71,8 @@ class Gather:
         summaries = torch.where(summary < 0, summary + memory, past + summary * width + own)
         here = past + chunk * width + torch.arange(own, device=device)
         read = torch.cat((summaries, frames, here), dim=1)
-        return cls(past, read[:count].flatten(), read[count, :past])
+        alone = count == 1 and memory == 0
+        return cls(past, None if alone else read[:count].flatten(), read[count, :past])
 
     def __call__(self, new: Tensor, cache: Tensor | None) -> Tensor:
         """new [B, N (S + R or one more), D], cache [B, past, D] -> [B, N (past + S + R), D].
@@ -83,7 +85,7 @@ class Gather:
         rows = torch.cat((old, new), dim=1)
         if cache is not None:
             cache.copy_(rows.index_select(1, self.keep))
-        return rows.index_select(1, self.read)
+        return rows if self.read is None else rows.index_select(1, self.read)
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,24 @@ class Segments:
 
     @classmethod
     def of(
-        cls, config: TransducerConfig, chunking: Chunking, lengths: Tensor, first: int, count: int
+        cls,
+        config: TransducerConfig,
+        chunking: Chunking,
+        lengths: Tensor,
+        chunks: range,
+        dtype: torch.dtype,
     ) -> Segments:
-        """`count` chunks from number `first` of utterances of `lengths` [B] frames."""
-        device = lengths.device
+        """Chunks of these numbers, counted from 0, of utterances of `lengths` [B] frames."""
+        device, count = lengths.device, len(chunks)
         keys = Gather.of(chunking, count, chunking.left_context, chunking.memory, device)
         frames = None
         if config.kernel_size:
             frames = Gather.of(chunking, count, config.kernel_size - 1, 0, device)
-        chunks = torch.arange(first, first + count, device=device)
-        mask = _mask(chunking, lengths, chunks)
-        turns = _turns(config, chunking, chunks) if config.positions == "rotary" else None
+        numbers = torch.arange(chunks.start, chunks.stop, device=device)
+        mask = _mask(chunking, lengths, numbers)
+        turns = None
+        if config.positions == "rotary":
+            turns = _turns(config, chunking, numbers, dtype)
         return cls(chunking, keys, frames, mask, turns)
 
 
@@ -137,7 +146,9 @@ def _mask(chunking: Chunking, lengths: Tensor, chunks: Tensor) -> Tensor | None:
     return torch.cat((frames, summary[:, None]), dim=1)[:, None]
 
 
-def _turns(config: TransducerConfig, chunking: Chunking, chunks: Tensor) -> tuple[Tensor, Tensor]:
+def _turns(
+    config: TransducerConfig, chunking: Chunking, chunks: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Rotary angles of every row; a summary stands where its chunk begins.
 
     In double precision up to the cosine: after hours of a stream the positions are large.
@@ -150,7 +161,7 @@ def _turns(config: TransducerConfig, chunking: Chunking, chunks: Tensor) -> tupl
     angles = torch.outer(at.double(), 10_000.0 ** -exponent.double())
     cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
     sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
-    return cos[None, :, None], sin[None, :, None]
+    return cos.to(dtype)[None, :, None], sin.to(dtype)[None, :, None]
 
 
 class SegmentAttention(nn.Module):
@@ -218,11 +229,20 @@ class CausalConvolution(nn.Module):
         B, N, own, D = x.shape
         y = F.glu(self.gated(self.norm(x)), dim=-1).flatten(1, 2)
         y = segments.frames(y, None if cache is None else cache.frames).view(B * N, -1, D)
-        # As images of height 1 the rows already lie as the fast kernel wants them.
-        y = self.depthwise(y.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
-        y = F.silu(self.inner_norm(y)).view(B, N, own, D)
+        y = F.silu(self.inner_norm(self._convolve(y, own))).view(B, N, own, D)
         output: Tensor = self.dropout(self.output(y))
         return output
+
+    def _convolve(self, x: Tensor, own: int) -> Tensor:
+        """[B N, K - 1 + S + R, D] -> [B N, S + R, D]."""
+        conv = self.depthwise
+        assert conv.bias is not None
+        if len(x) * own <= _FEW_ROWS:
+            windows = x.unfold(1, conv.kernel_size[1], 1)
+            return (windows * conv.weight[:, 0, 0]).sum(-1) + conv.bias
+        # As images of height 1 the rows already lie as the fast kernel wants them.
+        rows: Tensor = conv(x.transpose(1, 2)[:, :, None])[:, :, 0].transpose(1, 2)
+        return rows
 
 
 class EmformerLayer(nn.Module):
