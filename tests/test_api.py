@@ -12,7 +12,7 @@ from offramp import DraftOptions, InputError, Sampling, Stop
 from offramp.compress.checkpoint import companions, save_compressed
 from offramp.compress.feed_forward import FeedForwardPruning
 from offramp.compress.quantize import WeightQuantization
-from offramp.decoding.drafts import AdaptiveExitDraft, EarlyExitDraft, NoDraft, Proposal
+from offramp.decoding.drafts import AdaptiveExitDraft, Draft, EarlyExitDraft, NoDraft, Proposal
 from offramp.models.hub import DraftDefaults
 
 PROMPTS = ["the count", "door and the countess closed", "o"]
@@ -174,20 +174,11 @@ def test_a_batch_near_the_context_is_its_single_runs(model):
     assert len(both[0].tokens) <= 4
 
 
-class RepeatDraft:
+class RepeatDraft(Draft):
     """A draft of a user's own: the newest token again."""
-
-    def begin(self, state):
-        pass
 
     def propose(self, state, k):
         return Proposal(state.newest().repeat(1, k))
-
-    def observe(self, state, outcome):
-        pass
-
-    def keep(self, rows):
-        pass
 
 
 def test_a_draft_of_ones_own(model):

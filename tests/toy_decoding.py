@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import toy
+from offramp.config_speech_lm import HeadsConfig
 from offramp.decoding.autoregressive import autoregress
 from offramp.decoding.drafts import (
     AdaptiveExitDraft,
@@ -22,14 +23,16 @@ from offramp.decoding.drafts import (
     ModelDraft,
     NGramDraft,
     NoDraft,
-    Outcome,
     Proposal,
 )
 from offramp.decoding.exits import RoundCosts
+from offramp.decoding.first_of import FirstOf
+from offramp.decoding.heads_draft import HeadsDraft
 from offramp.decoding.sampling import Chooser, Sampling
 from offramp.decoding.speculative import speculate
 from offramp.decoding.stopping import RowEnd, Stop
 from offramp.models.decoder_lm import DecoderLM
+from offramp.nn.heads import Heads, build_heads
 from offramp.nn.tower import Tower
 from offramp.results import FinishReason, Step
 from offramp.tokenizer import TextStream, TextTokenizer
@@ -103,13 +106,15 @@ def plain(
     stop: Stop | Sequence[Stop],
     sampling: Sampling = GREEDY,
     tokenizer: TextTokenizer | None = None,
+    prefixes: Sequence[torch.Tensor] | None = None,
 ) -> list[Row]:
     """Every prompt on its own, token by token."""
     size, ends = tower.config.vocab_size, make_ends(len(prompts), stop, tokenizer)
     rows = []
     for row, (ids, end) in enumerate(zip(prompts, ends, strict=True)):
         chooser = Chooser(sampling, [ids], [row], size, tower.device)
-        rows.append(Row.of(list(autoregress(tower, ids, chooser, end))))
+        prefix = None if prefixes is None else prefixes[row]
+        rows.append(Row.of(list(autoregress(tower, ids, chooser, end, prefix))))
     return rows
 
 
@@ -121,34 +126,26 @@ def drafted(
     stop: Stop | Sequence[Stop],
     sampling: Sampling = GREEDY,
     tokenizer: TextTokenizer | None = None,
+    prefixes: Sequence[torch.Tensor] | None = None,
 ) -> Run:
     """The same prompts as one batch through the draft-verify loop."""
     numbers, ends = range(len(prompts)), make_ends(len(prompts), stop, tokenizer)
     chooser = Chooser(sampling, prompts, numbers, tower.config.vocab_size, tower.device)
-    steps = list(speculate(tower, prompts, draft, num_draft_tokens, chooser, ends))
+    steps = list(speculate(tower, prompts, draft, num_draft_tokens, chooser, ends, prefixes))
     return Run([Row.of([s for s in steps if s.row == row]) for row in numbers], steps)
 
 
-class GarbageDraft:
+class GarbageDraft(Draft):
     """Random tokens, a random number of them per row: what no model would write."""
 
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-
-    def begin(self, state: DecodeState) -> None:
-        pass
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         shape, size = (len(state.texts), k), state.tower.config.vocab_size
         tokens = torch.randint(size, shape, generator=self._generator)
         lengths = torch.randint(k + 1, shape[:1], generator=self._generator).tolist()
         return Proposal(tokens[:, : max(lengths)], lengths)
-
-    def observe(self, state: DecodeState, outcome: Outcome) -> None:
-        pass
-
-    def keep(self, rows: Sequence[int]) -> None:
-        pass
 
 
 class AbstainingDraft(NoDraft):
@@ -163,7 +160,17 @@ class AbstainingDraft(NoDraft):
         return Proposal(kept, None, made.hidden, made.exit_layer)
 
 
-# Every draft there is, for a model of `model` above.
+@torch.no_grad()
+def random_heads(model: DecoderLM, count: int = 4, draft_vocab: int | None = None) -> Heads:
+    """Heads that are close enough to the tower's own to be right now and then."""
+    heads = build_heads(HeadsConfig(count, "latent", draft_vocab), model.config)
+    toy.randomize(heads, seed=1)
+    for p in heads.parameters():
+        p.mul_(0.1)
+    return heads.to(model.dtype).requires_grad_(False)
+
+
+# Every draft there is, for a model of `model` above; what was heard is in toy_listening.py.
 DRAFTS: dict[str, Callable[[DecoderLM], Draft]] = {
     "none": lambda m: NoDraft(),
     "exit": lambda m: EarlyExitDraft(3, m.config.num_layers),
@@ -181,4 +188,8 @@ DRAFTS: dict[str, Callable[[DecoderLM], Draft]] = {
     "the same model": ModelDraft,
     "abstaining exit": lambda m: AbstainingDraft(3, m.config.num_layers),
     "garbage": lambda m: GarbageDraft(),
+    "heads": lambda m: HeadsDraft(random_heads(m)),
+    "n-gram or heads": lambda m: FirstOf(
+        {"n-gram": NGramDraft(1), "mtp": HeadsDraft(random_heads(m))}
+    ),
 }

@@ -77,7 +77,9 @@ class Step:
 
     text: what the tokens add to the row's text; a character spread over tokens, or the possible
     start of a stop string, is held back until it is whole. exit_layer: where the draft left the
-    tower, None if it did not come from there.
+    tower, None if it did not come from there. source: the name of the draft, where several take
+    turns. unverified: how many of `tokens`, the last ones, nobody verified: not 0 only in lossy
+    decoding (decoding/threshold.py).
     """
 
     row: int
@@ -87,6 +89,8 @@ class Step:
     accepted: int
     exit_layer: int | None
     finish_reason: FinishReason | None
+    source: str | None = None
+    unverified: int = 0
 
 
 @dataclass(frozen=True)

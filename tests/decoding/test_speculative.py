@@ -206,14 +206,18 @@ def test_a_prompt_longer_than_the_others_pads_only_the_prefill() -> None:
 
 
 @dataclass
-class Watched:
+class Watched(Draft):
     """A draft whose every proposal is preceded by a look at the cache."""
 
     draft: Draft
     rounds: list[int] = field(default_factory=list)
 
     def begin(self, state: DecodeState) -> None:
+        self.wants_hidden = self.draft.wants_hidden
         self.draft.begin(state)
+
+    def open(self, state: DecodeState, k: int) -> Proposal | None:
+        return self.draft.open(state, k)
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         self.rounds.append(len(state.texts))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
+from offramp.decoding.ragged import check_prefixes
 from offramp.decoding.sampling import Chooser
 from offramp.decoding.stopping import RowEnd
 from offramp.nn.cache import KVCache
@@ -20,14 +22,21 @@ def autoregress(
     prompt: Sequence[int],
     chooser: Chooser,
     end: RowEnd,
+    prefix: Tensor | None = None,
 ) -> Iterator[Step]:
-    """Yields one `Step` per token after `prompt`, until `end`."""
+    """Yields one `Step` per token after `prompt`, until `end`.
+
+    prefix: embeddings [m, D] that stand before the prompt, such as what was heard.
+    """
     L, text = tower.config.num_layers, list(prompt)
-    capacity = len(prompt) + end.remaining
+    before = tower.embed(upload([text[:-1]], tower.device))
+    if prefix is not None:
+        check_prefixes(tower, [prefix], 1)
+        before = torch.cat((prefix[None], before), dim=1)
+    capacity = before.shape[1] + 1 + end.remaining
     cache = KVCache(tower.config, 1, capacity, tower.device, tower.dtype)
-    if len(prompt) > 1:
-        before = upload([text[:-1]], tower.device)
-        tower.run(tower.embed(before), 0, L, cache)
+    if before.shape[1] > 0:
+        tower.run(before, 0, L, cache)
     while end.reason is None:
         newest = upload([text[-1:]], tower.device)
         h = tower.run(tower.embed(newest), 0, L, cache)

@@ -3,7 +3,8 @@
 A draft proposes up to k tokens per row and is told what became of them. It never decides
 whether a token is right: a bad draft costs time, not quality. `NoDraft` makes the loop plain
 batched decoding; `EarlyExitDraft` and `AdaptiveExitDraft` read the lower layers of the tower
-itself; `NGramDraft` looks in the text so far; `ModelDraft` asks a smaller model.
+itself; `NGramDraft` looks in the text so far; `ModelDraft` asks a smaller model. Drafts for
+speech have files of their own: ctc_draft.py, heads_draft.py, and first_of.py, which joins several.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from offramp.decoding.exits import ExitSelector, RoundCosts
+from offramp.decoding.ragged import upload_padded
 from offramp.decoding.sampling import Chooser
 from offramp.errors import InputError
 from offramp.nn.cache import KVCache
@@ -32,16 +34,28 @@ class DecodeState:
     cache: KVCache
     texts: list[list[int]]  # prompt and emitted tokens
     chooser: Chooser
+    prefixes: Sequence[Tensor] = ()  # embeddings [m, D] before each text; none: texts stand first
 
     def newest(self) -> Tensor:
         """The last token of each row [B, 1]."""
         return upload([text[-1:] for text in self.texts], self.tower.device)
 
     def lengths(self) -> list[int]:
+        """Tokens of each text, prefixes not counted."""
         return [len(text) for text in self.texts]
+
+    def cached(self) -> list[int]:
+        """What the cache holds of each row between rounds: its prefix, its text but the newest."""
+        before = [p.shape[0] for p in self.prefixes] or [0] * len(self.texts)
+        return [m + n - 1 for m, n in zip(before, self.lengths(), strict=True)]
+
+    def unread(self) -> bool:
+        """Whether the tower still has to read the prompts."""
+        return self.cache.length(self.tower.config.num_layers - 1) != tuple(self.cached())
 
     def keep(self, rows: Sequence[int]) -> None:
         self.texts = [self.texts[r] for r in rows]
+        self.prefixes = [self.prefixes[r] for r in rows] if self.prefixes else ()
         self.cache.keep(rows)
         self.chooser.keep(rows)
 
@@ -52,7 +66,8 @@ class Proposal:
 
     hidden [B, m, D]: states after `exit_layer` layers of the first m of [newest, *tokens],
     whose keys below that layer are in the cache; None: nothing was computed. watch: exits whose
-    own choices the draft wants to see beside the tower's.
+    own choices the draft wants to see beside the tower's. sources: per row the name of the draft
+    that proposed, where several take turns.
 
     `hidden` must be what the tower itself computes there: verification goes on from it. InputError
     unless it comes with its exit layer.
@@ -63,6 +78,7 @@ class Proposal:
     hidden: Tensor | None = None
     exit_layer: int = 0
     watch: tuple[int, ...] = ()
+    sources: Sequence[str | None] | None = None
 
     def __post_init__(self) -> None:
         if (self.hidden is None) != (self.exit_layer == 0):
@@ -70,6 +86,11 @@ class Proposal:
                 f"the proposal has exit_layer {self.exit_layer} and "
                 f"{'no' if self.hidden is None else 'its'} hidden states; give both or neither"
             )
+
+    @staticmethod
+    def ragged(state: DecodeState, rows: Sequence[Sequence[int]]) -> Proposal:
+        """Row b drafts the tokens `rows[b]`."""
+        return Proposal(upload_padded(rows, state.tower.device), [len(row) for row in rows])
 
     @staticmethod
     def empty(state: DecodeState, watch: tuple[int, ...] = ()) -> Proposal:
@@ -85,55 +106,60 @@ class Outcome:
     """What became of a proposal: per row, how many tokens were drafted and accepted.
 
     matches: exit of `watch` -> (agreements with the tower, positions compared), summed over
-    rows and the positions that were read in the true context.
+    rows and the positions that were read in the true context. hidden [B, D], if the draft wants
+    it: each row's state after all layers, of which its newest token was chosen.
     """
 
     drafted: Sequence[int]
     accepted: Sequence[int]
     matches: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    hidden: Tensor | None = None
 
 
 class Draft(Protocol):
-    """One source of drafts, for one batch at a time."""
+    """One source of drafts, for one batch at a time.
+
+    To subclass; but for `propose`, what is here suits a draft without memory of its own.
+    """
+
+    wants_hidden: bool = False  # whether `observe` is to be given hidden states
 
     def begin(self, state: DecodeState) -> None:
-        """A new batch, after its prefill."""
-        ...
+        """A new batch, of which nothing is read yet."""
+        return
+
+    def open(self, state: DecodeState, k: int) -> Proposal | None:
+        """At most `k` >= 0 tokens for every row, read in one call together with the prompts.
+
+        They carry no hidden states. None: the prompts are read before anything is drafted.
+        """
+        return None
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         """At most `k` >= 1 tokens for every row."""
         ...
 
+    def extend(self, state: DecodeState, row: int, tokens: Sequence[int]) -> list[int]:
+        """What follows if row `row` writes `tokens` next; asked where another draft has them."""
+        return []
+
     def observe(self, state: DecodeState, outcome: Outcome) -> None:
         """After verification; `state` already holds the emitted tokens."""
-        ...
+        return
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only `rows` go on."""
-        ...
+        return
 
 
-class _Stateless:
-    """The parts of the protocol that a draft without memory of its own leaves empty."""
-
-    def begin(self, state: DecodeState) -> None:
-        pass
-
-    def observe(self, state: DecodeState, outcome: Outcome) -> None:
-        pass
-
-    def keep(self, rows: Sequence[int]) -> None:
-        pass
-
-
-class NoDraft(_Stateless):
+class NoDraft(Draft):
     """Proposes nothing: every round is one plain decode step."""
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
         return Proposal.empty(state)
 
 
-class EarlyExitDraft(_Stateless):
+class EarlyExitDraft(Draft):
     """The first `exit_layer` layers of the tower draft (LayerSkip, arXiv 2404.16710, 4.3).
 
     min_confidence: stop drafting once the drafted token of every row is less probable than
@@ -183,7 +209,7 @@ class EarlyExitDraft(_Stateless):
         return bool((p < self.min_confidence).all())
 
 
-class AdaptiveExitDraft:
+class AdaptiveExitDraft(Draft):
     """Early exit with the exit layer and draft length chosen anew for every round.
 
     Exits are judged by what they would have drafted in the answer: every few rounds, where the
@@ -247,14 +273,11 @@ class AdaptiveExitDraft:
             )
             self._selector.record(self._used, matches, tried)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        pass
-
     def _new_selector(self) -> ExitSelector:
         return ExitSelector(self._num_layers, list(self._drafts), self._costs)
 
 
-class NGramDraft(_Stateless):
+class NGramDraft(Draft):
     """What followed the last time these words stood in the text (prompt lookup decoding).
 
     Takes the latest earlier occurrence of the longest end of the text, `max_ngram` tokens or
@@ -267,11 +290,7 @@ class NGramDraft(_Stateless):
         self._max_ngram = max_ngram
 
     def propose(self, state: DecodeState, k: int) -> Proposal:
-        found = [self._continuation(text, k) for text in state.texts]
-        width = max(len(f) for f in found)
-        padded = [f + [0] * (width - len(f)) for f in found]
-        tokens = upload(padded, state.tower.device)
-        return Proposal(tokens.view(len(found), width), [len(f) for f in found])
+        return Proposal.ragged(state, [self._continuation(text, k) for text in state.texts])
 
     def _continuation(self, text: list[int], k: int) -> list[int]:
         # As bytes, because their search runs in C: 8,000 tokens take 0.2 ms and not 35.
@@ -294,8 +313,11 @@ def _rfind_aligned(data: bytes, item: bytes, size: int) -> int:
     return at // size
 
 
-class ModelDraft:
-    """A smaller tower with the same vocabulary drafts (speculative decoding, arXiv 2211.17192)."""
+class ModelDraft(Draft):
+    """A smaller tower with the same vocabulary drafts (speculative decoding, arXiv 2211.17192).
+
+    It reads the text alone: what stands before a prompt as embeddings is the target's.
+    """
 
     def __init__(self, tower: Tower) -> None:
         self._tower = tower
@@ -336,8 +358,7 @@ class ModelDraft:
         assert self._cache is not None
         known = self._cache.length(0)
         new = [text[n:] for text, n in zip(state.texts, known, strict=True)]
-        width = max(len(n) for n in new)
-        padded = upload([n + [0] * (width - len(n)) for n in new], self._tower.device)
+        padded = upload_padded(new, self._tower.device)
         L = self._tower.config.num_layers
         h = self._tower.run(self._tower.embed(padded), 0, L, self._cache)
         self._cache.truncate(state.lengths())

@@ -32,12 +32,20 @@ _Config = TypeVar("_Config")
 
 _PACKAGED = Path(__file__).parent.parent / "checkpoints"
 # Models of all kinds in one dict: what a folder holds is told by its config.json alone.
-SHIPPED = {name: _PACKAGED / name for name in ("lm-tiny", "parse-tiny", "asr-tiny", "stream-tiny")}
+SHIPPED = {
+    name: _PACKAGED / name
+    for name in ("lm-tiny", "parse-tiny", "asr-tiny", "stream-tiny", "speech-llm-tiny")
+}
 ENCODER_TYPE = "offramp-ctc"  # model_type of what models/ctc_checkpoint.py reads
 TRANSDUCER_TYPE = "offramp-transducer"  # and of what models/transducer_checkpoint.py reads
+SPEECH_LM_TYPE = "offramp-speech-lm"  # and of what models/speech_lm_checkpoint.py reads
 COMPRESSED_TYPE = "offramp-compressed"  # and of what compress/checkpoint.py reads:
-DECODER_KIND = "decoder"  # its kind is this or one of the two above
-_SPEECH = {ENCODER_TYPE: "offramp transcribe", TRANSDUCER_TYPE: "offramp stream"}
+DECODER_KIND = "decoder"  # its kind is this or one of the first two above
+_SPEECH = {
+    ENCODER_TYPE: "offramp transcribe",
+    TRANSDUCER_TYPE: "offramp stream",
+    SPEECH_LM_TYPE: "offramp transcribe",
+}
 
 # Ours <- theirs: one matrix of ours may be several of theirs, stacked.
 _LAYER_NAMES = {

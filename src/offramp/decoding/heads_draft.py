@@ -1,0 +1,59 @@
+"""Multi-token prediction as a draft: heads 2 to K say what comes after the newest token.
+
+They read the state that the newest token was chosen from, so the call that verifies one draft
+has already computed all that the next one needs: one decoder call per round (arXiv 2409.08148;
+blockwise parallel decoding, arXiv 1811.03115).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from offramp.decoding.drafts import DecodeState, Draft, Outcome, Proposal
+from offramp.nn.device import upload
+from offramp.nn.heads import Heads
+from offramp.nn.tower import Tower
+
+
+class HeadsDraft(Draft):
+    """Heads 2 to K of the tower, K - 1 tokens per round.
+
+    It opens without tokens, so the prompt's call is the first that it drafts from.
+    """
+
+    wants_hidden = True
+
+    def __init__(self, heads: Heads) -> None:
+        self._heads = heads
+        self._hidden: Tensor | None = None  # [B, D]
+
+    def begin(self, state: DecodeState) -> None:
+        self._hidden = None
+
+    def open(self, state: DecodeState, k: int) -> Proposal:
+        return Proposal.empty(state)
+
+    def propose(self, state: DecodeState, k: int) -> Proposal:
+        if self._hidden is None:  # no call of the tower has chosen anything yet
+            return Proposal.empty(state)
+        logits = future_logits(self._heads, self._hidden, state.tower)[:, :k]
+        return Proposal(state.chooser.choose(logits, state.lengths(), None))
+
+    def observe(self, state: DecodeState, outcome: Outcome) -> None:
+        assert outcome.hidden is not None, "wants_hidden says so"
+        self._hidden = outcome.hidden
+
+    def keep(self, rows: Sequence[int]) -> None:
+        assert self._hidden is not None, "observe comes first"
+        self._hidden = self._hidden[upload(rows, self._hidden.device)]
+
+
+def future_logits(heads: Heads, h: Tensor, tower: Tower) -> Tensor:
+    """States after all layers [B, D] -> logits [B, K-1, V] of heads 2 to K; tokens outside their
+    vocabulary have -inf."""
+    logits = heads.logits(h, tower)
+    return F.pad(logits, (0, tower.config.vocab_size - logits.shape[-1]), value=-math.inf)
