@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,11 +17,13 @@ import torch
 
 from offramp.config import DecoderConfig, check_counts
 from offramp.data import corpora
-from offramp.data.batching import PromptCompletions, TokenBatch, TokenWindows, windows
+from offramp.data.batching import PromptCompletions, TokenBatch, TokenBatches, TokenWindows, windows
+from offramp.data.synthetic import book_sentences, transcript_sentences
 from offramp.errors import ConfigError
 from offramp.models import hub
 from offramp.models.decoder_lm import DecoderLM
 from offramp.tokenizer import BOS, EOS, PAD, TextTokenizer, train_bpe
+from offramp.train.encoder_tokens import check_decoder, encoder_tokens
 from offramp.train.evaluation import exit_nll
 from offramp.train.layerskip import LayerSkipConfig, LayerSkipTask
 from offramp.train.loop import (
@@ -34,7 +36,9 @@ from offramp.train.loop import (
     train,
 )
 
-CORPORA = ("books", "top")
+Pairs = list[tuple[list[int], list[int]]]  # (prompt, completion), each in tokens
+
+CORPORA = ("books", "top", "sentences")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,10 @@ class TextRecipe:
 
     model: the tower's shape (a tokenizer of its `vocab_size` is made), or a checkpoint (folder
     or name) to start from, whose tokenizer is kept. corpus: `books` (windows of `seq_len`
-    tokens) or `top` (utterance -> parse pairs, loss on the parse). autocast: "bf16" for mixed
-    precision, or "none".
+    tokens), `top` (utterance -> parse pairs, loss on the parse) or `sentences` (one by one, as
+    transcripts are written). tokens_of: a CTC encoder of ours (folder or name) behind which the
+    new tower is to write sentences, in its tokens. autocast: "bf16" for mixed precision, or
+    "none".
     """
 
     name: str
@@ -54,6 +60,7 @@ class TextRecipe:
     train: TrainConfig
     layerskip: LayerSkipConfig = field(default_factory=LayerSkipConfig)
     seq_len: int = 256
+    tokens_of: str | None = None
     autocast: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -62,6 +69,16 @@ class TextRecipe:
         if self.autocast not in ("bf16", "none"):
             raise ConfigError(f"autocast is {self.autocast!r}; allowed: bf16, none")
         check_counts(1, batch_size=self.batch_size, seq_len=self.seq_len)
+        if self.tokens_of is not None and self.corpus != "sentences":
+            raise ConfigError(
+                f"corpus is {self.corpus!r}, and the tokens of an encoder, {self.tokens_of}, write "
+                "transcripts alone; set corpus to sentences, or leave tokens_of out"
+            )
+        if self.tokens_of is not None and isinstance(self.model, str):
+            raise ConfigError(
+                f"tokens_of is {self.tokens_of}, and model is a checkpoint, {self.model}, whose "
+                "tokenizer is kept; give a new model, or leave tokens_of out"
+            )
         if isinstance(self.model, DecoderConfig):
             self._check_seq_len(self.model)
 
@@ -99,7 +116,7 @@ class TextRecipe:
             tokenizer = TextTokenizer.load(folder / "tokenizer.json")
             start = hub.weights_sha256(folder)
         else:
-            tokenizer, start = tiny_tokenizer(self.model.vocab_size), None
+            tokenizer, start = self._tokenizer(self.model), None
             model = DecoderLM(self.model).to(device)
             model.init_weights(self.train.seed)
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -111,6 +128,29 @@ class TextRecipe:
         self.layerskip.curriculum.enabled(0, self.train.steps, model.config.num_layers)
         return tokenizer, model, start
 
+    def _tokenizer(self, config: DecoderConfig) -> TextTokenizer:
+        """For a new tower."""
+        if self.tokens_of is None:
+            return tiny_tokenizer(config.vocab_size)
+        folder = hub.resolve(self.tokens_of)
+        tokenizer = encoder_tokens(folder)
+        check_decoder(config, tokenizer, folder)
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a tower learns from and is evaluated on.
+
+    sha256: of the training tokens. units: name of a figure -> the nats per target of `dev` that
+    are 1 in its unit.
+    """
+
+    batches: TokenBatches
+    dev: Sequence[TokenBatch]
+    sha256: str
+    units: Mapping[str, float]
+
 
 class TextTask(LayerSkipTask):
     """LayerSkip training on a recipe's corpus, evaluated on its dev split at every exit.
@@ -119,42 +159,71 @@ class TextTask(LayerSkipTask):
     """
 
     def __init__(self, recipe: TextRecipe, model: DecoderLM, tokenizer: TextTokenizer) -> None:
-        seed, size = recipe.train.seed, recipe.batch_size
-        self._dev: list[TokenBatch]
-        self._bytes_per_target = math.nan
-        if recipe.corpus == "books":
-            stream, _ = book_tokens(tokenizer, "train")
-            self.data_sha256 = hashlib.sha256(stream.tobytes()).hexdigest()
-            batches: TokenWindows | PromptCompletions = TokenWindows(
-                stream, recipe.seq_len, size, seed
-            )
-            dev, num_bytes = book_tokens(tokenizer, "dev")
-            self._bytes_per_target = num_bytes / len(dev)
-            self._dev = windows(dev, recipe.seq_len, size, limit=40_000)
-        else:
-            pad = _special(tokenizer, PAD)
-            pairs = parse_pairs(tokenizer, corpora.top("train") + corpora.topv2("train"))
-            self.data_sha256 = hashlib.sha256(repr(pairs).encode()).hexdigest()
-            batches = PromptCompletions(pairs, size, pad, seed)
-            held = parse_pairs(tokenizer, [p for p in corpora.top("dev") if p.supported][:512])
-            some = PromptCompletions(held, size, pad, seed)
-            self._dev = [some.batch(i, 0, 1) for i in range(len(held) // size)]
+        corpus = {"books": _books, "top": _top, "sentences": _sentences}[recipe.corpus]
+        found = corpus(recipe, tokenizer)
+        self.data_sha256, self._dev, self._units = found.sha256, found.dev, found.units
         super().__init__(
             model,
-            batches,
+            found.batches,
             recipe.layerskip,
             recipe.train.steps,
-            seed,
+            recipe.train.seed,
             torch.bfloat16 if recipe.autocast == "bf16" else None,
         )
 
     def evaluate(self) -> Mapping[str, float]:
-        """Books: bits per byte at each exit; parses: nats per token of the parse."""
+        """At each exit: of books bits per byte (bpb), of parses nats per token (nll), of sentences
+        nats per token and bits per character (bpc), their ends among the tokens."""
         sums, count = exit_nll(self.model, self._dev)
-        if math.isnan(self._bytes_per_target):
-            return {f"nll@{i}": s / count for i, s in enumerate(sums, 1)}
-        num_bytes = count * self._bytes_per_target
-        return {f"bpb@{i}": s / math.log(2) / num_bytes for i, s in enumerate(sums, 1)}
+        return {
+            f"{name}@{i}": s / count / unit
+            for name, unit in self._units.items()
+            for i, s in enumerate(sums, 1)
+        }
+
+
+def _books(recipe: TextRecipe, tokenizer: TextTokenizer) -> Corpus:
+    seed, size = recipe.train.seed, recipe.batch_size
+    stream, _ = book_tokens(tokenizer, "train")
+    dev, num_bytes = book_tokens(tokenizer, "dev")
+    return Corpus(
+        TokenWindows(stream, recipe.seq_len, size, seed),
+        windows(dev, recipe.seq_len, size, limit=40_000),
+        hashlib.sha256(stream.tobytes()).hexdigest(),
+        {"bpb": math.log(2) * num_bytes / len(dev)},
+    )
+
+
+def _top(recipe: TextRecipe, tokenizer: TextTokenizer) -> Corpus:
+    pad = _special(tokenizer, PAD)
+    pairs = parse_pairs(tokenizer, corpora.top("train") + corpora.topv2("train"))
+    held = parse_pairs(tokenizer, [p for p in corpora.top("dev") if p.supported][:512])
+    return _pairs_corpus(recipe, pairs, held, pad, {"nll": 1.0})
+
+
+def _sentences(recipe: TextRecipe, tokenizer: TextTokenizer) -> Corpus:
+    texts = [s.text for s in (*book_sentences("train"), *transcript_sentences("train"))]
+    dev = [s.text for s in book_sentences("dev")[:512]]
+    dev = dev[: len(dev) - len(dev) % recipe.batch_size]  # in whole batches, like the training
+    held = sentence_pairs(tokenizer, dev)
+    num_targets = sum(len(tokens) for _, tokens in held)
+    units = {"nll": 1.0, "bpc": math.log(2) * sum(map(len, dev)) / max(1, num_targets)}
+    # Any token pads: it stands behind what a causal tower reads, and has no target.
+    pad = _special(tokenizer, EOS)
+    return _pairs_corpus(recipe, sentence_pairs(tokenizer, texts), held, pad, units)
+
+
+def _pairs_corpus(
+    recipe: TextRecipe, train: Pairs, dev: Pairs, pad: int, units: Mapping[str, float]
+) -> Corpus:
+    seed, size = recipe.train.seed, recipe.batch_size
+    some = PromptCompletions(dev, size, pad, seed)
+    return Corpus(
+        PromptCompletions(train, size, pad, seed),
+        [some.batch(i, 0, 1) for i in range(len(dev) // size)],
+        hashlib.sha256(repr(train).encode()).hexdigest(),
+        units,
+    )
 
 
 def _is_saved(checkpoint: Path, state: Path) -> bool:
@@ -182,14 +251,18 @@ def book_tokens(tokenizer: TextTokenizer, split: str) -> tuple[np.ndarray, int]:
     return np.concatenate(stream), sum(len(t.encode()) for t in texts)
 
 
-def parse_pairs(
-    tokenizer: TextTokenizer, items: list[corpora.Parse]
-) -> list[tuple[list[int], list[int]]]:
+def parse_pairs(tokenizer: TextTokenizer, items: list[corpora.Parse]) -> Pairs:
     """(prompt with BOS, parse with EOS) in tokens, for each item."""
     prompts = tokenizer.encode_batch([corpora.parse_prompt(p.utterance) for p in items])
     parses = tokenizer.encode_batch([f" {p.parse}" for p in items], special=False)
     eos = _special(tokenizer, EOS)
     return [(p, [*c, eos]) for p, c in zip(prompts, parses, strict=True)]
+
+
+def sentence_pairs(tokenizer: TextTokenizer, texts: list[str]) -> Pairs:
+    """(BOS, sentence with EOS) in tokens, for each text."""
+    bos, eos = _special(tokenizer, BOS), _special(tokenizer, EOS)
+    return [([bos], [*ids, eos]) for ids in tokenizer.encode_batch(texts, special=False)]
 
 
 def _special(tokenizer: TextTokenizer, token: str) -> int:
