@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -16,6 +17,7 @@ import torch
 
 import toy_streaming
 from commands import offramp
+from offramp.cli.parameters import ended_as_by_ctrl_c
 from offramp.streaming import StreamingRecognizer
 from toy_streaming import RATE, babble
 
@@ -41,10 +43,12 @@ def test_lines_come_as_they_are_heard(
     capsys: pytest.CaptureFixture[str], folder: Path, text: str
 ) -> None:
     status, out, err = offramp(capsys, "stream", folder / "a.wav", "--model", folder / "m")
-    *partials, final = out.splitlines()
+    *partials, final, end = out.splitlines()
     assert status == 0 and partials and all(line.startswith("partial ") for line in partials)
     assert final.startswith("final ") and final.endswith(f"  {text}")
-    assert err.startswith("1 utterance in 1.50 s; latency of the first text ") and "RTF" in err
+    assert end.startswith("endpoint ") and end.endswith("  trailing silence")
+    assert err.startswith("1 utterance in 1.50 s; a text came after its last token was heard: the ")
+    assert "RTF" in err
     assert err.count("\n") == 1
 
 
@@ -67,8 +71,10 @@ def test_a_terminal_shows_partial_texts_in_one_place(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _, out, _ = offramp(capsys, "stream", folder / "a.wav", "--model", folder / "m")
-    assert out.count("\n") == 1 and out.endswith(f"  {text}\n")
-    assert all(len(line) < 80 for line in out.split("\r\x1b[K")[:-1])
+    *partials, final = out.split("\r\x1b[K")
+    assert all(len(line) < 80 and "\n" not in line for line in partials)
+    said, end, nothing = final.split("\n")
+    assert said.endswith(f"  {text}") and end.startswith("endpoint ") and nothing == ""
 
 
 @pytest.mark.slow
@@ -78,7 +84,60 @@ def test_samples_may_come_through_a_pipe(folder: Path) -> None:
     words = [sys.executable, "-m", "offramp", "stream", "-", "--model", str(folder / "m")]
     made = subprocess.run(words, input=pcm, capture_output=True, check=False)
     assert made.returncode == 0, made.stderr
-    assert made.stdout.decode().splitlines()[-1].startswith("final ")
+    assert b"\nfinal " in made.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_stream_with_its_final_text(folder: Path, number: signal.Signals) -> None:
+    pcm = (SAMPLES * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
+    words = [sys.executable, "-m", "offramp", "stream", "-", "--model", str(folder / "m")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe) as running:
+        assert running.stdin is not None and running.stdout is not None
+        running.stdin.write(pcm[: len(pcm) // 2])  # and more may come
+        running.stdin.flush()
+        assert running.stdout.readline().startswith(b"partial ")
+        running.send_signal(number)
+        out, err = running.communicate()
+    assert running.returncode == 130, err
+    assert out.splitlines()[-1].startswith(b"final ")
+    assert b"1 utterance in 0." in err and err.splitlines()[-1].startswith(b"offramp: ")
+
+
+def test_signals_are_as_they_were_before() -> None:
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM"), ended_as_by_ctrl_c():
+            signal.raise_signal(signal.SIGHUP)  # nohup offramp ...
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+
+
+def test_a_beam_shows_what_else_was_perhaps_said(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    words = (
+        "stream",
+        folder / "a.wav",
+        "--model",
+        folder / "m",
+        *("--beam-size", 8, "--n-best", 8),
+    )
+    status, out, _ = offramp(capsys, *words)
+    *_, final, other = out.splitlines()
+    assert status == 0 and final.startswith("final ") and other.startswith("or "), out
+    assert final[26:] != other[26:]
+    _, out, _ = offramp(capsys, *words, "--json")
+    (told,) = (e for e in map(json.loads, out.splitlines()) if e["event"] == "final")
+    (alternative,) = told["alternatives"]
+    assert [told["text"], alternative["text"]] == [final[26:], other[26:]]
+    assert alternative["score"] < 0
+    assert float(other[2:26]) == pytest.approx(alternative["score"], abs=0.01)
 
 
 def test_the_microphone_may_be_streamed(
@@ -95,7 +154,7 @@ def test_the_microphone_may_be_streamed(
     monkeypatch.setitem(sys.modules, "sounddevice", sounddevice)
     monkeypatch.setattr("offramp.audio.live.microphone", microphone)
     status, out, _ = offramp(capsys, "stream", "--mic", "--model", folder / "m")
-    assert status == 0 and out.endswith(f"  {text}\n")
+    assert status == 0 and f"  {text}\nendpoint " in out
 
 
 def test_what_was_said_comes_before_the_fault(
@@ -106,7 +165,7 @@ def test_what_was_said_comes_before_the_fault(
     data = (tmp_path / "whole.flac").read_bytes()
     (tmp_path / "cut.flac").write_bytes(data[: len(data) * 2 // 3])
     status, out, err = offramp(capsys, "stream", tmp_path / "cut.flac", "--model", folder / "m")
-    assert status == 2 and out.splitlines()[-1].startswith("final ")
+    assert status == 2 and "\nfinal " in out
     summary, fault = err.splitlines()
     assert summary.startswith("1 utterance in ")
     assert fault.startswith("offramp: ") and "is truncated or damaged" in fault
@@ -128,6 +187,14 @@ def test_what_was_said_comes_before_the_fault(
         (["stream", "{wav}", "--nonsense"], "--nonsense"),
         (["stream", "--nonsense", "--model", "{m}"], "--nonsense"),
         (["stream", "-", "--sample-rate", "10", "--model", "{m}"], "sample_rate is 10"),
+        (["stream", "-", "--sample-rate", "0", "--model", "{m}"], "sample_rate is 0"),
+        (["stream", "-", "--model", "{m}"], "standard input holds no samples"),
+        (["stream", "{wav}", "--n-best", "2", "--model", "{m}"], "n_best is 2"),
+        (["stream", "{wav}", "--max-symbols", "0", "--model", "{m}"], "max_symbols is 0"),
+        (
+            ["stream", "{wav}", "--max-symbols", "2", "--beam-size", "2", "--model", "{m}"],
+            "max_symbols is 2 with beam_size 2",
+        ),
         (["generate", "a", "--model", "{m}"], "give it to offramp stream"),
         (["transcribe", "{wav}", "--model", "{m}"], "of type 'offramp-transducer'"),
         (["profile", "{wav}", "--hardware", "phone", "--model", "{m}"], "no hardware profile 'ph"),
@@ -159,7 +226,7 @@ def test_profile_shows_and_writes_every_hardware(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path
 ) -> None:
     words = ("profile", folder / "a.wav", "--model", folder / "m", "--json", tmp_path / "p.json")
-    status, out, _ = offramp(capsys, *words, "--hardware", "mobile-low,mcu")
+    status, out, _ = offramp(capsys, *words, "--hardware", "mobile-low, mcu")
     assert status == 0
     for name in ("mobile-low", "mcu"):
         assert f"modelled, memory-traffic energy, profile {name} version 1; not measured" in out

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import offramp
 import toy_encoder
-from offramp import recognizer as module
+from offramp import transcription
 from offramp.audio.features import FeatureConfig, log_mel_batch, normalize
 from offramp.audio.io import SAMPLE_RATE
 from offramp.audio.vad import VadOptions
@@ -39,9 +39,10 @@ from offramp.errors import (
 )
 from offramp.models import hub
 from offramp.models.ctc_checkpoint import save_encoder
-from offramp.recognizer import Recognizer, TranscribeOptions, length_batches
+from offramp.recognizer import Recognizer, TranscribeOptions
 from offramp.streaming import StreamingRecognizer
 from offramp.tokenizer import train_ctc_bpe
+from offramp.transcription import length_batches
 from toy_encoder import OURS, encoder
 from toy_speech import CONFIG, EDGE_S, PAUSE_S, TONE_S, random_texts, speak, write
 
@@ -214,7 +215,7 @@ def test_segments_come_before_the_recording_has_ended(
             read.append(number)
             yield block
 
-    monkeypatch.setattr(module, "stream_audio", stream)
+    monkeypatch.setattr(transcription, "stream_audio", stream)
     run = toy.stream("any", replace(GREEDY, batch_size=2))
     iterator = iter(run)
     assert next(iterator).text == "do mi"

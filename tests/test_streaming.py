@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import toy_streaming
 from offramp import api
 from offramp.compress.checkpoint import save_compressed
 from offramp.compress.quantize import WeightQuantization
-from offramp.decoding.stream_plan import StreamOptions
+from offramp.decoding.stream_plan import StreamOptions, StreamPlan
 from offramp.errors import CheckpointError
 from offramp.models.transducer_checkpoint import save_transducer
 from offramp.stream_events import Event, Final
@@ -95,10 +96,11 @@ def test_the_trace_is_what_hooks_count(options: StreamOptions, kernel_size: int)
     if options.blank_skip is None:
         assert trace.joiner_blank_only == 0 and witness.blanks == witness.joins
     else:
-        # Asked first, for every frame; and once more inside each call of the joiner.
-        both = trace.joiner_blank_only + 2 * trace.joiner_calls
-        assert trace.joiner_blank_only > 0 and len(witness.blanks) == both
-    assert trace.joiner_calls + trace.joiner_blank_only == trace.enc_frames
+        assert trace.joiner_blank_only > 0
+        assert len(witness.blanks) == trace.joiner_blank_only + trace.joiner_calls
+        assert sum(witness.blanks) == trace.blank_only_positions + trace.joiner_positions
+    again = trace.joiner_calls + trace.joiner_blank_only - trace.enc_frames
+    assert again == 0 if options.max_symbols is None else 0 < again <= trace.tokens
     if options.beam_size is None:
         said = sum(len(e.text.replace(" ", "")) for e in events if isinstance(e, Final))
         assert trace.tokens == trace.predictor_calls - 1 and 0 < trace.tokens <= said
@@ -189,6 +191,9 @@ def test_what_is_no_streaming_recogniser_is_refused(tmp_path: Path) -> None:
         ({"beam_size": 0}, "beam_size is 0"),
         ({"chunk_ms": 0}, "chunk_ms is 0"),
         ({"blank_skip": 1.5}, "blank_skip is 1.5; it must be greater than 0 and at most 1"),
+        ({"max_symbols": 0}, "max_symbols is 0"),
+        ({"max_symbols": 2, "beam_size": 3}, "max_symbols is 2 with beam_size 3; a beam writes"),
+        ({"n_best": 4, "beam_size": 3}, "n_best is 4; it must be at most the beam size, 3"),
     ],
     ids=str,
 )
@@ -205,3 +210,52 @@ def test_hotwords_are_heard(toy: StreamingRecognizer) -> None:
         for words in ((), ("mi mi",))
     )
     assert hot.count("mi") > plain.count("mi")
+
+
+@pytest.mark.parametrize(("time_reduction", "most"), [(1, 1), (4, 1), (8, 2), (16, 4)])
+def test_longer_frames_may_have_more_tokens(time_reduction: int, most: int) -> None:
+    """One for every 40 ms, 25 a second; a beam writes one per frame."""
+    toy = recognizer(time_reduction=time_reduction)
+    wanted = {None: most, 2: 1}
+    for beam_size, symbols in wanted.items():
+        plan = StreamPlan(toy.model, toy.pieces, StreamOptions(beam_size=beam_size))
+        assert plan.search.options.max_symbols == symbols
+    one, more, default = (
+        toy.open(StreamOptions(max_symbols=symbols)) for symbols in (1, most, None)
+    )
+    texts = [finals(list(stream.read([SPOKEN]))) for stream in (one, more, default)]
+    assert texts[2] == texts[1] and (texts[0] == texts[1]) == (most == 1)
+    assert one.trace.joiner_calls == one.trace.enc_frames
+    assert default.trace == more.trace
+    if most > 1:
+        assert (
+            one.trace.joiner_calls
+            < more.trace.joiner_calls
+            <= (more.trace.enc_frames + more.trace.tokens)
+        )
+
+
+def test_a_beam_tells_what_else_was_perhaps_said(toy: StreamingRecognizer) -> None:
+    """Texts, not spellings, each once; the best one as without."""
+    plain, wide = (list(toy.stream([SPOKEN], StreamOptions(beam_size=6, n_best=n))) for n in (1, 6))
+    assert finals(plain) == finals(wide)
+    (only,), (final,) = ([e for e in events if isinstance(e, Final)] for events in (plain, wide))
+    assert only.alternatives == ()
+    texts = [final.text, *(other.text for other in final.alternatives)]
+    assert 3 < len(texts) == len(set(texts)) <= 6
+    scores = [0.0, *(other.score for other in final.alternatives)]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("part", ["encoder.output_projection", "predictor.output", "joiner.tokens"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, part: str, compressed: bool
+) -> None:
+    made = toy_streaming.model()
+    made.get_submodule(part).bias[1] = math.nan
+    files = {"tokenizer.json": toy_streaming.tokenizer().to_json()}
+    save = save_compressed if compressed else save_transducer
+    save(made, tmp_path / "m", files=files)
+    with pytest.raises(CheckpointError, match=rf"{part}\.bias holds numbers that are not finite"):
+        StreamingRecognizer.load(tmp_path / "m")

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import toy_streaming
 from offramp import demo, terminal
 from offramp.api import DraftOptions, load
+from offramp.audio.io import read_audio
 from offramp.audio.vad import VadOptions
 from offramp.bench.asr import AsrReport, PolicyResult, exit_candidates
 from offramp.decoding.calibration import Calibration
@@ -21,6 +23,7 @@ from offramp.errors import CheckpointError, InputError, OfframpError
 from offramp.models import hub
 from offramp.recognizer import CALIBRATION, Recognizer, TranscribeOptions
 from offramp.results import Step
+from offramp.streaming import StreamingRecognizer
 from offramp.train.loop import Evaluated, StepDone
 
 
@@ -127,6 +130,18 @@ def test_the_demo_fails_where_the_recogniser_does_not_ship(monkeypatch, tmp_path
     monkeypatch.setitem(hub.SHIPPED, "asr-tiny", tmp_path / "none")
     with pytest.raises(CheckpointError, match="asr-tiny does not come with this version"):
         demo._speech()
+
+
+def test_the_demo_shows_a_stream_and_fails_if_it_writes_something_else(monkeypatch, tmp_path):
+    shown = capture(monkeypatch)
+    toy_streaming.save(tmp_path / "m", factorised_blank=True, time_reduction=4, seed=5)
+    demo._stream(str(tmp_path / "m"))
+    whole = StreamingRecognizer.load(tmp_path / "m").transcribe(read_audio(demo.RECORDING))
+    assert whole and f" s  {whole}\n" in shown.getvalue()
+    assert "The same text as at once, " in shown.getvalue()
+    monkeypatch.setattr(StreamingRecognizer, "transcribe", lambda *_: "something else")
+    with pytest.raises(OfframpError, match=r"at once; this is a defect of ours"):
+        demo._stream(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(

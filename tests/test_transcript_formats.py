@@ -116,6 +116,18 @@ def test_a_pause_ends_a_cue_and_silence_does_not_hold_it() -> None:
     ]
 
 
+def test_a_text_without_times_of_words_is_one_cue() -> None:
+    """As from a Speech-LM whose CTC has other tokens."""
+    untimed = TranscriptSegment(1.0, 9.0, "one two", (), None, 2, 1)
+    empty = TranscriptSegment(9.0, 10.0, "", (), None, 2, 1)
+    timed = TranscriptSegment(10.0, 20.0, "three", (Word("three", 11.0, 12.0, 1.0),), 1.0, 2, 1)
+    shown = cues(Transcript((untimed, empty, timed), 20.0, 1.0))
+    assert [(c.start_s, c.end_s, c.text) for c in shown] == [
+        (1.0, 9.0, "one two"),
+        (11.0, 12.5, "three"),
+    ]
+
+
 def test_long_speech_is_cut_by_time() -> None:
     shown = cues(spoken(*((f"w{i}", float(i), i + 0.5) for i in range(20))))
     assert all(c.end_s - c.start_s <= 7.5 for c in shown)

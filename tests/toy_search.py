@@ -45,8 +45,8 @@ class ToyJoiner:
     def blank_logit(self, enc: Tensor, pred: Tensor) -> Tensor:
         return (enc + pred).tanh() @ self.weight[:, BLANK] + self.blank_bias
 
-    def log_probs(self, enc: Tensor, pred: Tensor) -> Tensor:
-        blank = self.blank_logit(enc, pred)
+    def log_probs(self, enc: Tensor, pred: Tensor, blank_logit: Tensor | None = None) -> Tensor:
+        blank = self.blank_logit(enc, pred) if blank_logit is None else blank_logit
         logits = (enc + pred).tanh() @ self.weight
         logits[..., BLANK] = -torch.inf
         log_probs = logits.log_softmax(-1) + F.logsigmoid(-blank)[..., None]
@@ -57,7 +57,7 @@ class ToyJoiner:
 class TableJoiner:
     """The encoder's output already is log probabilities [V]; the predictor has no say."""
 
-    def log_probs(self, enc: Tensor, pred: Tensor) -> Tensor:
+    def log_probs(self, enc: Tensor, pred: Tensor, blank_logit: Tensor | None = None) -> Tensor:
         return enc
 
     def blank_logit(self, enc: Tensor, pred: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ class Counted:
         self.steps.append(tokens.tolist())
         return self.predictor.step(tokens, state)
 
-    def log_probs(self, enc: Tensor, pred: Tensor) -> Tensor:
+    def log_probs(self, enc: Tensor, pred: Tensor, blank_logit: Tensor | None = None) -> Tensor:
         self.joins.append(len(enc))
-        return self.joiner.log_probs(enc, pred)
+        return self.joiner.log_probs(enc, pred, blank_logit)
 
     def blank_logit(self, enc: Tensor, pred: Tensor) -> Tensor:
         self.blanks.append(len(enc))

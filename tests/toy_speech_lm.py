@@ -67,6 +67,20 @@ def checkpoint(seed: int = 0, **changes: Any) -> SpeechLMCheckpoint:
     return SpeechLMCheckpoint(model.requires_grad_(False).eval(), tokens)
 
 
+def varied(seed: int = 1, ending: float = 1.6, **changes: Any) -> SpeechLMCheckpoint:
+    """As `checkpoint`, but its texts do not settle on one token; the higher `ending`, the sooner
+    they end."""
+    made = checkpoint(seed, **changes)
+    decoder = made.model.decoder
+    assert isinstance(decoder, DecoderLM) and decoder.unembedding is not None
+    for layer in decoder.layers:
+        for p in layer.parameters():
+            if p.ndim >= 2:
+                p.mul_(3.0)
+    decoder.unembedding.weight[EOS_ID] *= ending
+    return made
+
+
 def speech_lm(seed: int = 0, **changes: Any) -> SpeechLM:
     """A Speech-LM with random weights and statistics, in eval mode, without gradients."""
     return checkpoint(seed, **changes).model

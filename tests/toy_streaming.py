@@ -91,5 +91,6 @@ OPTIONS: dict[str, StreamOptions] = {
     "beam": StreamOptions(beam_size=3, gate=GATE, endpoint=ENDPOINTS),
     "hotwords": StreamOptions(hotwords=("do re", "mi"), gate=GATE),
     "beam with hotwords": StreamOptions(beam_size=2, hotwords=("mi",), endpoint=ENDPOINTS),
+    "three tokens per frame": StreamOptions(blank_skip=0.25, max_symbols=3, endpoint=ENDPOINTS),
     "blank skip": StreamOptions(blank_skip=0.25, gate=GATE, endpoint=ENDPOINTS),
 }

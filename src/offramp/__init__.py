@@ -19,10 +19,12 @@ from offramp.errors import (
 if TYPE_CHECKING:
     from offramp.api import DraftOptions, Model, load, stream, transcribe
     from offramp.decoding.sampling import Sampling
+    from offramp.decoding.speech_lm import SpeechLMOptions
     from offramp.decoding.stopping import Stop
     from offramp.decoding.stream_plan import StreamOptions
     from offramp.recognizer import Recognizer, TranscribeOptions
     from offramp.results import DecodeStats, Generation, Step, Transcript
+    from offramp.speech_lm_recognizer import SpeechLMRecognizer
     from offramp.stream_events import Endpoint, Final, Partial
     from offramp.streaming import StreamingRecognizer
 
@@ -42,6 +44,8 @@ _HOMES = {
     "Transcript": "offramp.results",
     "Recognizer": "offramp.recognizer",
     "TranscribeOptions": "offramp.recognizer",
+    "SpeechLMRecognizer": "offramp.speech_lm_recognizer",
+    "SpeechLMOptions": "offramp.decoding.speech_lm",
     "StreamingRecognizer": "offramp.streaming",
     "StreamOptions": "offramp.decoding.stream_plan",
     "Partial": "offramp.stream_events",
@@ -65,6 +69,8 @@ __all__ = [
     "Partial",
     "Recognizer",
     "Sampling",
+    "SpeechLMOptions",
+    "SpeechLMRecognizer",
     "Step",
     "Stop",
     "StreamOptions",

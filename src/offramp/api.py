@@ -46,7 +46,7 @@ from offramp.models import hub
 from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.device import choose_device
 from offramp.nn.tower import Tower, TracedTower, TruncatedTower
-from offramp.recognizer import Recognizer, TranscribeOptions
+from offramp.recognizers import AnyOptions, transcriber
 from offramp.results import DecodeStats, FinishReason, Generation, Step, Transcript
 from offramp.stream_events import Event
 from offramp.streaming import StreamingRecognizer
@@ -257,15 +257,16 @@ def transcribe(
     source: Source,
     *,
     model: str | Path = "asr-tiny",
-    options: TranscribeOptions | None = None,
+    options: AnyOptions | None = None,
     device: str = "cpu",
 ) -> Transcript:
     """The text of a recording: a path, "-" for standard input, or a binary file object.
 
-    model: a shipped name, a folder or a hub id. For many recordings, or segments as they come,
-    keep a `Recognizer`. Raises AudioError, and CheckpointError for what is no recogniser.
+    model: a shipped name, a folder or a hub id. options: `TranscribeOptions`, for a Speech-LM
+    `SpeechLMOptions`. For many recordings, or segments as they come, keep a `Recognizer` or a
+    `SpeechLMRecognizer`. Raises AudioError, and CheckpointError for what is no recogniser.
     """
-    return Recognizer.load(model, device=device).transcribe(source, options)
+    return transcriber(model, options, device)(source).complete()
 
 
 def stream(

@@ -2,7 +2,7 @@
 
 For each prompt: the text as drafts make it, then the same text token by token, whether the two
 are identical, and what each cost. For a recording: what each exit writes, where the exit policy
-leaves, and what that saves.
+leaves, and what that saves; then its text as it comes in, which is what hearing it at once gives.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 
 from offramp import terminal
 from offramp.api import DraftOptions, Model, load
+from offramp.audio.io import SAMPLE_RATE, read_audio
+from offramp.audio.live import BLOCK_S
 from offramp.audio.vad import VadOptions
 from offramp.data.corpora import parse_prompt
 from offramp.data.speech import normalize_text
@@ -20,7 +22,9 @@ from offramp.decoding.exit_policies import Confidence, edit_distance
 from offramp.decoding.stopping import Stop
 from offramp.errors import OfframpError
 from offramp.recognizer import Recognizer, TranscribeOptions
-from offramp.results import DecodeStats, Transcript
+from offramp.results import DecodeStats, Transcript, ratio
+from offramp.stream_events import Endpoint, Final
+from offramp.streaming import StreamingRecognizer
 
 UTTERANCES = (
     "How long will it take to drive from Chicago to Mississippi",
@@ -47,6 +51,7 @@ def run() -> None:
         _show(parser, "parse-tiny", parse_prompt(utterance), 128)
     _show(load("lm-tiny"), "lm-tiny", BEGINNING, 60)
     _speech()
+    _stream()
 
 
 def _warm_up(model: Model) -> None:
@@ -98,6 +103,31 @@ def _speech(model: str = "asr-tiny") -> None:
     terminal.out.print(
         f"The {policy} (--exit-policy confidence --threshold {confidence.threshold:g}) left after "
         f"{left} of {recognizer.config.num_layers} layers.\n"
+    )
+
+
+def _stream(model: str = "stream-tiny") -> None:
+    """The recording as it comes in; OfframpError if that changes the text."""
+    recognizer, samples = StreamingRecognizer.load(model), read_audio(RECORDING)
+    whole = recognizer.transcribe(samples)
+    terminal.out.print(f"{model}: {RECORDING.name}, as it comes in", style="cyan")
+    stream, finals = recognizer.open(), list[str]()
+    for event in stream.read(torch.split(samples, round(BLOCK_S * SAMPLE_RATE))):
+        if isinstance(event, Endpoint):
+            continue
+        shown_s = event.end_s + event.latency_ms / 1000
+        terminal.out.print(f"{shown_s:15.2f} s  {event.text}", markup=False)
+        finals += [event.text] if isinstance(event, Final) else []
+    if " ".join(finals) != whole:
+        raise OfframpError(
+            f"{model} wrote {' '.join(finals)!r} as the recording came in and {whole!r} at once; "
+            "this is a defect of ours, please report it"
+        )
+    words = normalize_text(SAID).split()
+    wrong = edit_distance(words, whole.split())
+    terminal.out.print(
+        f"The same text as at once, {wrong} of {len(words)} words wrong; RTF "
+        f"{terminal.number(ratio(stream.seconds, stream.audio_s), 3)} on one thread.\n"
     )
 
 

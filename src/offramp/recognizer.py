@@ -1,28 +1,24 @@
 """From audio to text: speech segments of a recording up an encoder, each to its own exit.
 
-Hours of audio go through in bounded memory: a few segments at a time, batched by length. An exit
-policy (fixed, by certainty, within a budget) decides per segment how many layers run, and every
-segment knows what it cost. Where nobody speaks nothing is written.
+An exit policy (fixed, by certainty, within a budget) decides per segment how many layers run, and
+every segment knows what it cost. transcription.py finds the segments and batches them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from offramp.audio.io import SAMPLE_RATE, Source, stream_audio
+from offramp.audio.io import Source
 from offramp.audio.reader import LogMelReader, Reader
-from offramp.audio.vad import Segment, VadOptions, find_speech
+from offramp.audio.vad import Segment, VadOptions
 from offramp.compress.checkpoint import load_model
 from offramp.config import EncoderConfig, check_counts, check_positive
-from offramp.data.batching import pack
 from offramp.decoding.beam import BeamOptions, beam_search
 from offramp.decoding.calibration import Calibration
 from offramp.decoding.ctc import Hypothesis, geometric_mean, text, words
@@ -36,11 +32,11 @@ from offramp.models.ctc import CTCEncoder
 from offramp.models.hf_checkpoint import EXITS, PretrainedSpeech, is_pretrained
 from offramp.models.hf_ctc import PretrainedConfig, PretrainedCTCEncoder
 from offramp.nn.device import choose_device
-from offramp.results import ExitText, Transcript, TranscriptSegment, Word
+from offramp.results import ExitText, Transcript, TranscriptSegment
+from offramp.transcription import Transcription, heard_s, placed
 
 CALIBRATION = "calibration.json"  # in the checkpoint folder; `offramp calibrate` writes it
 Decode = Callable[[Tensor], Hypothesis]  # [T, V] without padding -> its text
-_BATCH_SAMPLES = 40 * SAMPLE_RATE  # of a batch, padding included
 
 
 @dataclass(frozen=True)
@@ -215,19 +211,11 @@ class Recognizer:
 
         Raises AudioError, or InputError where `source` is none of these.
         """
-        run = self.stream(source, options)
-        for _ in run:
-            pass
-        return run.transcript
+        return self.stream(source, options).complete()
 
     def stream(self, source: Source, options: TranscribeOptions | None = None) -> Transcription:
         """The same as it comes: iterate for segments, in order; then it has `.transcript`."""
-        if not isinstance(source, str | Path) and not callable(getattr(source, "read", None)):
-            raise InputError(
-                f"the recording is a value of type {type(source).__name__}; give a path, "
-                '"-" for standard input, or a binary file'
-            )
-        return Transcription(self, source, self.plan(options or TranscribeOptions()))
+        return Transcription(source, _Writer(self, self.plan(options or TranscribeOptions())))
 
     def plan(self, options: TranscribeOptions) -> _Plan:
         """`options` made ready for this model, kept for the next recording; their faults show here.
@@ -294,80 +282,29 @@ class _Plan:
         return replace(self._run, stopwatch=stopwatch()) if timed else self._run
 
 
-class Transcription:
-    """One run: an iterator of segments that knows the transcript when it has ended."""
+class _Writer:
+    """Segments up the encoder, each to the exit where the policy has it leave."""
 
-    def __init__(self, recognizer: Recognizer, source: Source, plan: _Plan) -> None:
+    def __init__(self, recognizer: Recognizer, plan: _Plan) -> None:
         self._recognizer, self._plan = recognizer, plan
-        self._segments: list[TranscriptSegment] = []
-        self._samples, self._seconds, self._ended = 0, 0.0, False
-        self._steps = self._timed(source)
+        self.vad, self.batch_size = plan.options.vad, plan.batch_size
+        self.reader = recognizer.reader
 
-    def __iter__(self) -> Iterator[TranscriptSegment]:
-        return self._steps
+    def write(self, batch: Sequence[Segment]) -> list[TranscriptSegment]:
+        options = self._plan.run_options()  # a stopwatch starts before the features
+        inputs, lengths = self._recognizer.inputs([segment.samples for segment in batch])
+        config, encoder = self._recognizer.config, self._recognizer.encoder
+        results = early_exit(encoder, config.exits, inputs, lengths, self._plan.policy, options)
+        return [self._written(*pair) for pair in zip(batch, results, strict=True)]
 
-    @property
-    def transcript(self) -> Transcript:
-        """InputError while the run has not ended."""
-        if not self._ended:
-            raise InputError("the run has not ended; iterate over it first")
-        return Transcript(tuple(self._segments), self._samples / SAMPLE_RATE, self._seconds)
-
-    def _timed(self, source: Source) -> Iterator[TranscriptSegment]:
-        """The segments, with the time of our work (not of whoever consumes them)."""
-        found = self._transcribed(source)
-        while True:
-            began = time.perf_counter()
-            segment = next(found, None)
-            self._seconds += time.perf_counter() - began
-            if segment is None:
-                self._ended = True
-                return
-            self._segments.append(segment)
-            yield segment
-
-    def _transcribed(self, source: Source) -> Iterator[TranscriptSegment]:
-        reader = self._recognizer.reader
-        spoken = find_speech(self._counted(stream_audio(source)), self._plan.options.vad)
-        long_enough = (s for s in spoken if reader.num_inputs(len(s.samples)))
-        while group := list(islice(long_enough, self._plan.batch_size)):
-            yield from self._group(group)
-
-    def _counted(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        for block in blocks:
-            self._samples += len(block)
-            yield block
-
-    def _group(self, group: Sequence[Segment]) -> list[TranscriptSegment]:
-        """Segments in their own order, however they are batched."""
-        found: dict[int, TranscriptSegment] = {}
-        for rows in length_batches([len(s.samples) for s in group], _BATCH_SAMPLES):
-            options = self._plan.run_options()  # a stopwatch starts before the features
-            inputs, lengths = self._recognizer.inputs([group[row].samples for row in rows])
-            config, encoder = self._recognizer.config, self._recognizer.encoder
-            results = early_exit(encoder, config.exits, inputs, lengths, self._plan.policy, options)
-            for row, result in zip(rows, results, strict=True):
-                found[row] = self._written(group[row], result)
-        return [found[row] for row in range(len(group))]
+    def decoding(self) -> None:
+        return None
 
     def _written(self, segment: Segment, result: EarlyExit) -> TranscriptSegment:
         """Results with times from the start of the recording."""
         config, pieces = self._recognizer.config, self._recognizer.pieces
-        reader = self._recognizer.reader
-        seconds = len(segment.samples) / SAMPLE_RATE
-        lead_s = min(reader.first_frame_s, seconds)
-        local = words(result.hypothesis, pieces, reader.frame_s, seconds - lead_s)
-        # Adding the start may round a time past the end.
-        start_s, end_s = segment.start_s + lead_s, segment.end_s
-        moved = tuple(
-            Word(
-                word.text,
-                min(start_s + word.start_s, end_s),
-                min(start_s + word.end_s, end_s),
-                word.confidence,
-            )
-            for word in local
-        )
+        local = words(result.hypothesis, pieces, self.reader.frame_s, heard_s(segment, self.reader))
+        moved = placed(local, segment, self.reader)
         tested = [t.exit_layer for t in result.trail]
         trail = tuple(
             ExitText(t.exit_layer, text(t.hypothesis.tokens, pieces), t.score)
@@ -376,23 +313,14 @@ class Transcription:
         )
         return TranscriptSegment(
             start_s=segment.start_s,
-            end_s=end_s,
+            end_s=segment.end_s,
             text=" ".join(word.text for word in moved),
             words=moved,
             confidence=geometric_mean([w.confidence for w in moved]) if moved else None,
             exit_layer=result.exit_layer,
-            macs=tower_macs(config, reader.num_inputs(len(segment.samples)), tested),
+            macs=tower_macs(config, self.reader.num_inputs(len(segment.samples)), tested),
             trail=trail,
         )
-
-
-# -- batches -------------------------------------------------------------------------------------
-
-
-def length_batches(frames: Sequence[int], batch_frames: int) -> list[list[int]]:
-    """Rows by rising length, together while they fit `batch_frames` with padding."""
-    rows = sorted(range(len(frames)), key=frames.__getitem__)
-    return [[rows[i] for i in batch] for batch in pack([frames[r] for r in rows], batch_frames)]
 
 
 # -- options to parts ----------------------------------------------------------------------------

@@ -7,7 +7,8 @@ ratio is None, never 0.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
@@ -15,6 +16,8 @@ FinishReason = Literal["stop", "length"]
 # Decimals in a transcript's JSON; what is not named here is written as it is.
 _DECIMALS = {"start_s": 3, "end_s": 3, "audio_s": 3, "seconds": 3}
 _DECIMALS |= {"confidence": 4, "mean_exit_layer": 3}
+_DECIMALS |= {"encoder_s": 4, "ctc_s": 4, "decoder_s": 4, "acceptance_rate": 4}
+_DECIMALS |= {"tokens_per_call": 3}
 
 
 def ratio(part: float, whole: float) -> float | None:
@@ -132,12 +135,121 @@ class ExitText:
 
 
 @dataclass(frozen=True)
+class DraftCounts:
+    """Of one source of drafts: rounds that it drafted in, tokens drafted, tokens accepted."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def __add__(self, other: DraftCounts) -> DraftCounts:
+        return DraftCounts(
+            self.rounds + other.rounds,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+        )
+
+
+@dataclass(frozen=True)
+class DecoderCounts:
+    """What a decoder did for one segment, or for several together.
+
+    tokens: written, the end of the text included. calls: of the whole decoder that took part in
+    it, the prompt's included; in a batch a call counts for every row. unverified: tokens that
+    nobody verified, not 0 only in lossy decoding. sources: of drafts, such as `ctc`, `mtp`, or
+    `mtp+ctc` where the second went on; a beam's are not counted.
+    """
+
+    tokens: int = 0
+    calls: int = 0
+    unverified: int = 0
+    sources: Mapping[str, DraftCounts] = field(default_factory=dict)
+
+    @staticmethod
+    def total(parts: Iterable[DecoderCounts]) -> DecoderCounts:
+        tokens, calls, unverified = 0, 0, 0
+        sources: dict[str, DraftCounts] = {}
+        for part in parts:
+            tokens, calls = tokens + part.tokens, calls + part.calls
+            unverified += part.unverified
+            for source, counts in part.sources.items():
+                sources[source] = sources.get(source, DraftCounts()) + counts
+        return DecoderCounts(tokens, calls, unverified, sources)
+
+    @property
+    def drafted(self) -> int:
+        return sum(counts.drafted for counts in self.sources.values())
+
+    @property
+    def accepted(self) -> int:
+        return sum(counts.accepted for counts in self.sources.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, with the ratios."""
+        return asdict(self) | {
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance_rate": ratio(self.accepted, self.drafted),
+            "tokens_per_call": ratio(self.tokens, self.calls),
+        }
+
+
+@dataclass(frozen=True)
+class RunDecoding:
+    """How a Speech-LM wrote a recording, and what its parts took, in seconds.
+
+    draft: where drafts came from. lossy: the text may differ from the decoder's own. encoder_s:
+    features, encoder and projector; ctc_s: the CTC's text, word times and guard; decoder_s: the
+    rest. Finding speech is in none of them.
+    """
+
+    draft: str
+    lossy: bool
+    counts: DecoderCounts
+    encoder_s: float
+    ctc_s: float
+    decoder_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        split = {name: getattr(self, name) for name in ("encoder_s", "ctc_s", "decoder_s")}
+        return {"draft": self.draft, "lossy": self.lossy, **self.counts.to_dict(), **split}
+
+
+@dataclass(frozen=True)
+class TextFlag:
+    """Words [start, stop) of a segment that the audio does not hold: `unheard` ones, or a
+    `repetition` after all has been heard."""
+
+    kind: Literal["unheard", "repetition"]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class SegmentDecoding:
+    """What only a segment written by a decoder has. finish_reason: `length` where the text was
+    cut, as it had as many tokens as the audio has frames, or the decoder's context was full."""
+
+    counts: DecoderCounts
+    finish_reason: FinishReason
+    flags: tuple[TextFlag, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        flags = [asdict(flag) for flag in self.flags]
+        return {"finish_reason": self.finish_reason, "flags": flags, **self.counts.to_dict()}
+
+
+@dataclass(frozen=True)
 class TranscriptSegment:
     """A stretch of speech, which left the tower as one; in seconds from the start of the audio.
 
-    text may be "": what sounded like speech need not hold words. confidence: the geometric mean of
-    its words', None without words. macs: multiply-accumulates up to `exit_layer`, heads that were
-    tested included. trail: on request, what each tested exit wrote, the one taken last.
+    text may be "": what sounded like speech need not hold words. words: none where there is no CTC
+    in the text's tokens to say when they were. confidence: the geometric mean of its words', None
+    without words. macs: multiply-accumulates of the encoder up to `exit_layer`, heads that were
+    tested included. trail: on request, what each tested exit wrote, the one taken last. decoding:
+    only from a Speech-LM.
     """
 
     start_s: float
@@ -148,11 +260,13 @@ class TranscriptSegment:
     exit_layer: int
     macs: int
     trail: tuple[ExitText, ...] = ()
+    decoding: SegmentDecoding | None = None
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """A whole recording. audio_s: its length; seconds: what transcribing it took.
+    """A whole recording. audio_s: its length; seconds: what transcribing it took. decoding: only
+    from a Speech-LM.
 
     Silence has no segments.
     """
@@ -160,6 +274,7 @@ class Transcript:
     segments: tuple[TranscriptSegment, ...]
     audio_s: float
     seconds: float
+    decoding: RunDecoding | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -186,19 +301,26 @@ class Transcript:
         return ratio(sum(s.exit_layer for s in self.segments), len(self.segments))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON; `trail` only where it was asked for.
+        """All of it for JSON; `trail` only where it was asked for, `decoding` (the run's and each
+        segment's) only from a Speech-LM.
 
         Rounded: times to ms, confidences to 4 decimals, rtf to 4 digits.
         """
         segments = [asdict(segment) for segment in self.segments]
-        for segment in segments:
+        for made, segment in zip(self.segments, segments, strict=True):
             if not segment["trail"]:
                 del segment["trail"]
+            del segment["decoding"]
+            if made.decoding is not None:
+                segment["decoding"] = made.decoding.to_dict()
         rtf = None if self.rtf is None else float(f"{self.rtf:.4g}")
         figures = {"audio_s": self.audio_s, "seconds": self.seconds, "rtf": rtf}
         figures["mean_exit_layer"] = self.mean_exit_layer
-        made = {"text": self.text, **figures, "macs": self.macs, "segments": segments}
-        return {name: _rounded(value, name) for name, value in made.items()}
+        written: dict[str, Any] = {"text": self.text, **figures, "macs": self.macs}
+        if self.decoding is not None:
+            written["decoding"] = self.decoding.to_dict()
+        written["segments"] = segments
+        return {name: _rounded(value, name) for name, value in written.items()}
 
 
 def _rounded(value: Any, name: str = "") -> Any:

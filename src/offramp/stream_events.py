@@ -37,8 +37,23 @@ class Partial(_Said):
     """The utterance so far; all of its words may still change."""
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """What else was perhaps said. score: how much less likely than the text that was chosen, in
+    nats, 0 or below."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
 class Final(_Said):
-    """An utterance that is over: its words will not change."""
+    """An utterance that is over: its words will not change.
+
+    alternatives: other texts, best first, where a search with `n_best` was asked for them.
+    """
+
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True)

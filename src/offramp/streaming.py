@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_of
 from torch import Tensor
 
 from offramp.audio.io import SAMPLE_RATE
 from offramp.compress.checkpoint import load_model
 from offramp.config import TransducerConfig
-from offramp.decoding.speech_stream import Block, Stream
+from offramp.decoding.speech_stream import Block, Stream, saved_tensors
 from offramp.decoding.stream_plan import StreamOptions, StreamPlan
 from offramp.errors import InputError
 from offramp.models import hub
+from offramp.models.fingerprint import fingerprint
 from offramp.models.transducer import Transducer
 from offramp.nn.device import choose_device
 from offramp.stream_events import Event
@@ -44,22 +44,22 @@ class StreamingRecognizer:
 
     def open(self, options: StreamOptions | None = None, sample_rate: int = SAMPLE_RATE) -> Stream:
         """A new stream of samples at `sample_rate`. InputError: options the model cannot meet."""
-        return Stream(StreamPlan(self.model, self.pieces, options or StreamOptions()), sample_rate)
+        return Stream(self._plan(options), sample_rate)
 
     def resume(self, saved: bytes, options: StreamOptions | None = None) -> Stream:
         """The stream of which `Stream.save` made `saved`, opened with the same options.
 
         InputError: `saved` is damaged, or of another model or other options.
         """
+        tensors = saved_tensors(saved)
         try:
-            tensors = tensors_of(saved)
-            rate = int(tensors["resampler.counts"][0])
-        except (SafetensorError, KeyError) as error:
+            stream = self.open(options, int(tensors["resampler.counts"][0]))
+            stream.restore(tensors)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"the saved stream cannot be read ({error}); give what Stream.save returned"
+                f"the saved stream is of another version of offramp ({type(error).__name__}); go "
+                "on with that one"
             ) from error
-        stream = self.open(options, rate)
-        stream.restore(tensors)
         return stream
 
     def stream(
@@ -76,4 +76,12 @@ class StreamingRecognizer:
 
         Memory grows with the recording.
         """
-        return StreamPlan(self.model, self.pieces, options or StreamOptions()).read_whole(samples)
+        return self._plan(options).read_whole(samples)
+
+    def _plan(self, options: StreamOptions | None) -> StreamPlan:
+        options = options or StreamOptions()
+        return StreamPlan(self.model, self.pieces, options, lambda: self._fingerprint)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from offramp.bench.asr import AsrReport
     from offramp.bench.exit_quality import ExitQuality
     from offramp.bench.layerskip import LayerSkipReport
+    from offramp.bench.speech_lm_quality import SpeechLMQuality
     from offramp.bench.splitformer import SplitformerReport
     from offramp.bench.tune import TuneReport
     from offramp.decoding.calibration import Calibration
@@ -262,6 +263,39 @@ def show_asr(report: AsrReport) -> None:
         out.print("; ".join(settings))
     if report.left_out:
         show_left_out(report.left_out)
+
+
+def show_speech_lm(report: SpeechLMQuality) -> None:
+    """A row per draft, and what was held equal."""
+    rows = []
+    for name, made in report.ways.items():
+        low, high = (None, None) if made.wer.ci95 is None else made.wer.ci95
+        rows.append(
+            [
+                name,
+                percent(made.wer.rate),
+                f"{percent(low)}-{percent(high)}",
+                percent(made.cer),
+                number(made.calls_per_utterance, 1),
+                number(made.rtf, 4),
+                number(made.rtf_split["decoder"], 4),
+                "-" if made.differing is None else "NO" if made.differing else "yes",
+            ]
+        )
+    columns = ("", "WER, %", "95 %", "CER, %", "calls", "RTF", "decoder's", "same text")
+    size = f"{count(report.utterances, 'utterance')}, {count(report.words, 'word')}"
+    table(f"{report.model} on {report.data}: {size}", columns, rows)
+    for name, made in report.ways.items():
+        if made.differing:
+            texts = count(made.differing, "text")
+            err.print(f"{name}: {texts} differ from those of plain decoding", markup=False)
+    if report.left_out:
+        show_left_out(report.left_out)
+
+
+def say_lossy(threshold: float) -> None:
+    told = f"threshold {threshold:g} is lossy: tokens are not verified, and the text may change"
+    err.print(told, markup=False)
 
 
 def show_left_out(utterances: int) -> None:

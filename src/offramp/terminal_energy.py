@@ -17,9 +17,10 @@ from offramp.stream_events import Endpoint, Event, Final, Latency, Partial
 if TYPE_CHECKING:
     from offramp.bench.compress import CompressReport
     from offramp.bench.energy import EnergyReport
+    from offramp.bench.energy_prepare import Estimate
     from offramp.bench.stream_profile import StreamProfile
     from offramp.bench.stream_quality import StreamQuality
-    from offramp.compress.plan import CompressionPlan
+    from offramp.compress.plan import Choice, CompressionPlan
     from offramp.decoding.speech_stream import Stream
     from offramp.energy.modelled import ModelledEnergy
 
@@ -29,10 +30,18 @@ _BAR_WIDTH = 16
 def show_stream(stream: Stream, events: Iterator[Event], json: bool) -> None:
     """Every event as it comes, then what the stream took; so too where it breaks off."""
     shown: list[Event] = []
+
+    def show(event: Event) -> None:
+        shown.append(event)
+        terminal.print_json(event.to_dict()) if json else _show_event(event)
+
     try:
         for event in events:
-            shown.append(event)
-            terminal.print_json(event.to_dict()) if json else _show_event(event)
+            show(event)
+    except KeyboardInterrupt:  # between two events it is not the stream that hears of it
+        for event in stream.finish():
+            show(event)
+        raise
     finally:
         if stream.audio_s:
             (_json_summary if json else _summary)(stream, shown)
@@ -58,10 +67,15 @@ def _rtf(stream: Stream) -> float | None:
 def _show_event(event: Event) -> None:
     """A line each; on a terminal a partial text makes place for the next one."""
     if isinstance(event, Endpoint):
-        return  # the next text begins a line in any case
+        print(f"{'endpoint':16} {event.at_s:7.2f}  {event.rule.replace('_', ' ')}", flush=True)
+        return
     live = sys.stdout.isatty()
     kind = "partial" if isinstance(event, Partial) else "final"
-    line = f"{kind:7} {event.start_s:7.2f} {event.end_s:7.2f}  {event.text}"
+    line = f"{kind:8} {event.start_s:7.2f} {event.end_s:7.2f}  {event.text}"
+    if isinstance(event, Final):
+        line += "".join(
+            f"\n{'or':8} {other.score:15.2f}  {other.text}" for other in event.alternatives
+        )
     if not live:
         print(line, flush=True)
     elif isinstance(event, Final):
@@ -76,8 +90,8 @@ def _latency(latency: Latency) -> str:
     if latency.first_partial_ms is None:
         return "no text"
     return (
-        f"latency of the first text {latency.first_partial_ms:.0f} ms, median "
-        f"{latency.median_ms:.0f} ms, 90 % within {latency.p90_ms:.0f} ms"
+        f"a text came after its last token was heard: the first {latency.first_partial_ms:.0f} ms, "
+        f"median {latency.median_ms:.0f} ms, 90 % within {latency.p90_ms:.0f} ms"
     )
 
 
@@ -86,27 +100,30 @@ def show_stream_quality(report: StreamQuality) -> None:
     rows = []
     for size, made in report.chunks.items():
         low, high = (None, None) if made.wer.ci95 is None else made.wer.ci95
-        latency = made.timing.latency
+        latency, wait = made.timing.after_speech, made.timing.after_emission
+        after = (latency.first_partial_ms, latency.median_ms)
         rows.append(
             [
                 f"{size:g} ms",
                 terminal.percent(made.wer.rate),
                 f"{terminal.percent(low)}-{terminal.percent(high)}",
                 terminal.percent(made.cer),
-                terminal.number(latency.first_partial_ms, 0),
-                terminal.number(latency.median_ms, 0),
+                "/".join(terminal.number(ms, 0) for ms in after),
+                terminal.number(wait.median_ms, 0),
                 terminal.number(made.timing.rtf, 4),
                 f"{made.identical} of {report.streamed}",
             ]
         )
-    text = ("first text, ms", "median, ms")
-    columns = ("chunk", "WER, %", "95 %", "CER, %", *text, "RTF", "as whole")
+    columns = ("chunk", "WER, %", "95 %", "CER, %", "latency, ms", "wait", "RTF", "as whole")
     words = terminal.count(report.words, "word")
     heard = f"{terminal.count(report.utterances, 'utterance')}, {words}"
     terminal.table(f"{report.model} on {report.data}: {heard}", columns, rows)
     terminal.out.print(
-        f"Latency, RTF (one thread) and the last column, texts that a stream writes as they are "
-        f"written at once: of {terminal.count(report.streamed, 'recording')}, really streamed."
+        f"Of {terminal.count(report.streamed, 'recording')}, really streamed: latency since the "
+        "end of a word in the audio (by forced alignment, right to about a frame), of the first "
+        "text / of the words that were recognised, medians; wait, from the model's last token to "
+        "the text, in ms; RTF (one thread); and texts that a stream writes as they are written at "
+        "once."
     )
     if report.left_out:
         terminal.show_left_out(report.left_out)
@@ -172,10 +189,13 @@ def show_compression(report: CompressReport) -> None:
     terminal.table(
         f"{report.model}: {_setting(plan)}, chosen by {plan.made_by}",
         ("component", "choice"),
-        [[name, str(choice)] for name, choice in plan.choices.items()],
+        [[name, _stored(choice)] for name, choice in plan.choices.items()],
     )
-    after = report.best.mj_per_audio_s
-    rows = [["kB of weights", _kb(report.dense_bytes), _kb(report.best.stored_bytes), ""]]
+    after, files = report.best.mj_per_audio_s, report.file_bytes
+    rows = [
+        _less("kB of weights as they run", report.dense_bytes, report.best.stored_bytes),
+        _less("kB of model.safetensors", files["dense"], files["compressed"]),
+    ]
     for energy in report.dense:
         was, now = energy.mj_per_audio_s, after[energy.profile.name]
         less = f"{100 * (1 - now / was):.0f}"
@@ -185,6 +205,15 @@ def show_compression(report: CompressReport) -> None:
     if report.front:
         _show_front(report.front, report.baselines)
     terminal.out.print(report.summary)
+
+
+def _less(what: str, before: int, after: int) -> list[str]:
+    return [what, _kb(before), _kb(after), f"{100 * (1 - after / before):.0f}"]
+
+
+def _stored(choice: Choice) -> str:
+    """With how its products are computed, where there are codes."""
+    return f"{choice}" if choice.bits == 32 else f"{choice}, {choice.activations} products"
 
 
 def _setting(plan: CompressionPlan) -> str:
@@ -209,13 +238,26 @@ def _show_front(front: Sequence[CompressionPlan], baselines: Mapping[str, Compre
     terminal.out.print(made)
 
 
+def show_estimate(estimate: Estimate) -> None:
+    """Before the work."""
+    seconds = estimate.points * estimate.seconds
+    long = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"
+    terminal.err.print(
+        f"Curves: at most {terminal.count(estimate.points, 'WER')} of about "
+        f"{estimate.seconds:.0f} s each, {long}; then fine-tuning at most "
+        f"{terminal.count(estimate.finetunings, 'time')}, "
+        f"{terminal.count(estimate.finetune_steps, 'step')} and a WER each. Less: --levels, "
+        "--limit, --rounds, --seeds."
+    )
+
+
 def show_energy_bench(report: EnergyReport) -> None:
     """What was measured and counted of every arm, what is modelled, then what the planner saves."""
     from offramp.bench.energy_arms import PLANNER, PLANNER_FREE
 
     rows = []
     for name, row in report.rows.items():
-        latency = row.timing.latency
+        latency = row.timing.after_speech
         waits = [terminal.number(ms, 0) for ms in (latency.first_partial_ms, latency.median_ms)]
         low, high = (f"{100 * edge:.1f}" for edge in row.wer_ci95)
         figures = [f"{100 * row.wer:.2f}", f"{low}-{high}", _kb(row.stored_bytes)]
@@ -233,24 +275,57 @@ def show_energy_bench(report: EnergyReport) -> None:
             for name, row in report.rows.items()
         ],
     )
+    _show_fractions(report)
+    for name, missed in report.missed.items():
+        terminal.out.print(
+            f"{_named(name)}: nothing that was tried kept to the WER that it was to keep to; the "
+            f"nearest is {100 * missed:.2f} points above it, and shown here"
+        )
     for arm in (PLANNER, PLANNER_FREE):
         terminal.out.print(_saved(report, arm))
     terminal.out.print(
-        f"Over draws of the constants the planner takes less than any other arm but the one with "
-        f"free chunks in at least {100 * report.rank_stability:.1f} % of them."
+        f"Over draws of what the profiles take for granted the planner takes less than any "
+        f"arm above in at least {100 * report.rank_stability:.1f} % of them (than "
+        "one with longer chunks, the planner with free chunks)."
+    )
+
+
+def _show_fractions(report: EnergyReport) -> None:
+    """The planner against each arm: in which share of the draws, and in every profile or not."""
+    hardware = list(next(iter(report.fractions.values())))
+    terminal.table(
+        "Draws in which the planner takes less, %: modelled",
+        ("than", *hardware, "in every profile"),
+        [
+            [
+                _named(name),
+                *(f"{100 * shares[h]:.1f}" for h in hardware),
+                "yes" if report.robustly_better(name) else "no",
+            ]
+            for name, shares in report.fractions.items()
+        ],
     )
 
 
 def _saved(report: EnergyReport, arm: str) -> str:
     """Against the best of uniform and global pruning."""
-    known = {n: share for n, share in report.saving(arm).items() if share is not None}
-    chunk = report.rows[arm].plan.chunk_ms
-    what = f"{_named(arm)} (chunks of {chunk:g} ms) against {_named(report.best)}"
-    if not known:
-        ours, theirs = (100 * report.rows[n].wer for n in (arm, report.best))
-        return f"{what}: WER {ours:.2f} against {theirs:.2f} %, so there is no saving at equal WER"
-    shares = ", ".join(f"{100 * share:.0f} % on {n}" for n, share in known.items())
-    return f"{what}, at equal WER, saves (modelled): {shares}"
+    from offramp.bench.energy_arms import EQUAL_WER
+
+    chunk, apart = report.rows[arm].plan.chunk_ms, report.differences[arm]
+    ours, theirs = (100 * report.rows[n].wer for n in (arm, report.best))
+    between = ""
+    if apart.ci95 is not None:
+        low, high = (100 * edge for edge in apart.ci95)
+        between = f", difference {ours - theirs:+.2f}, 95 % {low:+.2f} to {high:+.2f}"
+    shares = ", ".join(f"{100 * share:.0f} % on {n}" for n, share in report.less(arm).items())
+    known, within = None not in report.saving(arm).values(), f"{100 * EQUAL_WER:g}"
+    what = (
+        f"within {within}" if known else f"not within {within}, so this is no saving at equal WER"
+    )
+    return (
+        f"{_named(arm)} (chunks of {chunk:g} ms) against {_named(report.best)}: WER {ours:.2f} and "
+        f"{theirs:.2f} %{between}, {what}; modelled energy less by {shares}"
+    )
 
 
 def _named(arm: str) -> str:

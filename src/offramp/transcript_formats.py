@@ -30,9 +30,14 @@ class Cue:
 
 
 def cues(transcript: Transcript) -> list[Cue]:
-    """Cues in order, none overlapping the next, each inside its segment."""
+    """Cues in order, none overlapping the next, each inside its segment.
+
+    A text whose words have no times is one cue.
+    """
     found: list[Cue] = []
     for segment in transcript.segments:
+        if segment.text and not segment.words:
+            found.append(Cue(segment.start_s, segment.end_s, segment.text))
         groups = list(_groups(segment.words))
         starts = [group[0].start_s for group in groups] + [segment.end_s]
         for group, following in zip(groups, starts[1:], strict=True):

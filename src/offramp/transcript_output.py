@@ -19,7 +19,7 @@ from offramp.files import check_writable_folder, replacing
 from offramp.transcript_formats import FORMATS
 
 if TYPE_CHECKING:  # what is refused here must not wait for torch
-    from offramp.recognizer import Recognizer, TranscribeOptions, Transcription
+    from offramp.transcription import Transcription
 
 
 class TranscriptOutput:
@@ -51,18 +51,17 @@ class TranscriptOutput:
                     f"several files would be written to {twice}; transcribe them into two folders"
                 )
 
-    def write(self, recognizer: Recognizer, options: TranscribeOptions) -> int:
+    def write(self, listen: Callable[[str], Transcription]) -> int:
         """Transcribe all; of several files those that failed are named at the end, and counted.
 
         A single one that fails raises its AudioError.
         """
-        recognizer.plan(options)  # a fault of the options is no fault of the first file
         failures: list[str] = []
         try:
             with files_progress(self._files) as tells:
                 for name, tell in zip(self._files, tells, strict=True):
                     try:
-                        self._one(name, recognizer.stream(name, options), tell)
+                        self._one(name, listen(name), tell)
                     except AudioError as error:
                         if len(self._files) == 1:
                             raise

@@ -32,7 +32,65 @@ def test_16_bit_samples_from_a_pipe() -> None:
         assert np.array_equal(np.concatenate(blocks), said)
         assert all(block.dtype == np.int16 for block in blocks)
     assert np.concatenate(list(pcm(Pipe(said.tobytes()[:-1])))).tolist() == said[:-1].tolist()
-    assert list(pcm(io.BytesIO())) == []
+    for nothing in (b"", b"\x01"):
+        with pytest.raises(AudioError, match="standard input holds no samples"):
+            list(pcm(io.BytesIO(nothing)))
+
+
+def wav(samples: np.ndarray, subtype: str, rate: int = 16_000, kind: str = "WAV") -> bytes:
+    """The bytes of a recording."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, subtype, format=kind)
+    return file.getvalue()
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, data: bytes, rate: int | None = None) -> Any:
+    """(samples, rate) of standard input that holds `data`."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Pipe(data)))
+    blocks, found = open_source("-", sample_rate=rate)
+    return np.concatenate([np.asarray(block) for block in blocks]).tolist(), found
+
+
+def test_a_wav_header_on_standard_input_is_read_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = np.arange(-50, 51, dtype=np.int16)
+    file = wav(said, rate=44_100, subtype="PCM_16")
+    assert piped(monkeypatch, file) == (said.tolist(), 44_100)
+    assert piped(monkeypatch, file, 44_100) == (said.tolist(), 44_100)
+    extensible = wav(said, kind="WAVEX", subtype="PCM_16")
+    assert piped(monkeypatch, extensible) == (said.tolist(), 16_000)
+    at = file.index(b"data")
+    after = file + b"LIST\x04\0\0\0INFO"  # no samples either
+    assert piped(monkeypatch, after)[0] == said.tolist()
+    for unknown in (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x80"):  # as a pipe is begun
+        endless = file[: at + 4] + unknown + file[at + 8 :]
+        assert piped(monkeypatch, endless)[0] == said.tolist()
+    noted = file[:12] + b"note\x03\0\0\0abc\0" + file[12:]  # of odd length, filled up
+    assert piped(monkeypatch, noted) == (said.tolist(), 44_100)
+    assert piped(monkeypatch, b"RIFF" + said.tobytes())[0][2:] == said.tolist()
+
+
+@pytest.mark.parametrize(
+    ("data", "rate", "says"),
+    [
+        (wav(np.zeros((9, 2)), subtype="PCM_16"), None, "WAV of 2 channels and 16 bits"),
+        (wav(np.zeros(9), subtype="PCM_24"), None, "WAV of 1 channels and 24 bits"),
+        (
+            wav(np.zeros(9), subtype="FLOAT"),
+            None,
+            r"1 channels and 32 bits \(format 3\); pipe 16-b",
+        ),
+        (wav(np.zeros(9), subtype="PCM_16"), 8000, "is 8000, and the WAV header on .* says 16000"),
+        (wav(np.zeros(9), subtype="PCM_16")[:40], None, "header that is damaged, or ends within"),
+        (b"RIFF\0\0\0\0WAVEfmt \xff\xff\xff\xff", None, "header that is damaged, or ends within"),
+        (wav(np.zeros(9), subtype="PCM_16")[:44], None, "standard input holds no samples"),
+    ],
+    ids=["stereo", "24 bits", "float", "another rate", "cut off", "damaged", "empty"],
+)
+def test_a_header_of_other_samples_is_refused(
+    monkeypatch: pytest.MonkeyPatch, data: bytes, rate: int | None, says: str
+) -> None:
+    with pytest.raises((AudioError, InputError), match=says):
+        piped(monkeypatch, data, rate)
 
 
 def test_standard_input_has_the_rate_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +98,7 @@ def test_standard_input_has_the_rate_it_is_given(monkeypatch: pytest.MonkeyPatch
     blocks, rate = open_source("-", sample_rate=8000)
     assert rate == 8000 and [b.tolist() for b in blocks] == [[1]]
     assert open_source("-")[1] == 16_000
+    assert open_source("-", sample_rate=0)[1] == 0, "which a stream refuses"
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(AudioError, match="standard input is closed"):
         open_source("-")

@@ -22,20 +22,22 @@ from offramp.bench.compress_rounds import SearchOptions, Session, Tried, search
 from offramp.bench.stream_profile import ProfileOptions
 from offramp.bench.stream_profile import run as profile
 from offramp.cli import main
+from offramp.compress.checkpoint import save_compressed
 from offramp.compress.components import stored_weights
-from offramp.compress.plan import Choice, CompressionPlan, fingerprint
+from offramp.compress.plan import Choice, CompressionPlan
 from offramp.compress.problem import Budget, Problem
 from offramp.compress.sensitivity import Grid, Increase, Point
 from offramp.data.manifest import Utterance, read_manifest, write_manifest
 from offramp.decoding.stream_plan import StreamOptions
 from offramp.errors import CheckpointError, ConfigError, DataError, InputError
 from offramp.models.ctc_checkpoint import save_encoder
+from offramp.models.fingerprint import fingerprint
 from offramp.streaming import StreamingRecognizer
 from toy_plans import alike, drawn
 from toy_streaming import RATE, babble
 
 GRIDS = {
-    "encoder": Grid(("feed_forward",), (0.1, 0.3), (32, 8), "int8"),
+    "encoder": Grid(("feed_forward",), (0.1, 0.3), (32, 8), ("int8",)),
     "joiner": Grid(("magnitude",), (0.1, 0.3), (32, 8)),
 }
 WER = Budget(0.6)
@@ -108,12 +110,17 @@ def test_what_is_saved_streams_and_takes_what_was_promised(
 
 
 @pytest.mark.slow
-def test_the_report_says_what_every_figure_is(small: tuple[Path, CompressReport, Any]) -> None:
+def test_the_report_says_what_every_figure_is(
+    folder: Path, small: tuple[Path, CompressReport, Any]
+) -> None:
     out, report, _ = small
     names = ("config.json", "model.safetensors", "tokenizer.json", "plan.json", MEASURED)
     assert {p.name for p in out.iterdir()} == {*names, "sensitivity.csv", "energy-report.json"}
     made = json.loads((out / "energy-report.json").read_text())
     assert made == json.loads(json.dumps(report.to_dict()))
+    sizes = [(f / "model.safetensors").stat().st_size for f in (folder / "m", out)]
+    assert made["file_bytes"] == {"dense": sizes[0], "compressed": sizes[1]}
+    assert sizes[1] > made["bytes"]["compressed"], "a table of contents comes first"
     assert report.summary.startswith("modelled ") and " on edge45 (" in report.summary
     assert "over profiles), not measured; WER +" in report.summary
     for part in ("dense", "compressed"):
@@ -124,7 +131,7 @@ def test_the_report_says_what_every_figure_is(small: tuple[Path, CompressReport,
         last["wer_increase"] - last["predicted_wer_increase"]
     )
     rows = (out / "sensitivity.csv").read_text().splitlines()
-    assert len(rows) == 1 + sum(grid.size for grid in GRIDS.values())
+    assert len(rows) == 1 + sum(len(grid.every) for grid in GRIDS.values())
     assert {"size_optimal", "paper_rule"} <= set(made["baselines"])
     assert made["front"]
 
@@ -151,7 +158,7 @@ def test_an_interrupted_run_goes_on_to_the_same_plan(
     assert [p.name for p in (tmp_path / "out").iterdir()] == [MEASURED]
     report = run(*words)
     assert report.best.plan == small[1].best.plan
-    whole = 1 + sum(grid.size for grid in GRIDS.values()) + len(report.tried)
+    whole = 1 + sum(len(grid.every) for grid in GRIDS.values()) + len(report.tried)
     assert calls[0] == whole + 1, "the one that was interrupted came twice"
     again = run(*words[:3], options(budget=Budget(0.61)))
     assert calls[0] == whole + 1 + len(again.tried), "nothing of the curves is measured anew"
@@ -394,7 +401,7 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_and_loses_nothing(
         (("--max-wer-increase", "-3"), "the nearest that can be met is +0.00"),
         (("--energy-budget-mj", "1e-9"), "on each of edge45; the nearest that can be met is"),
     ):
-        status, err = offramp(
+        status, _, err = offramp(
             capsys,
             *("compress", "--model", folder / "m", "--data", folder / "dev.tsv", "-o", out),
             *("--hardware", "edge45", *words),
@@ -422,7 +429,8 @@ def test_the_command_shows_plan_energy_and_a_closing_line(
     main([str(word) for word in words])
     shown = capsys.readouterr().out
     assert "modelled, memory-traffic energy; not measured" in shown
-    for name in ("encoder", "joiner", "mJ per s, mcu", "planner", "size optimal"):
+    bytes_of = ("kB of weights as they run", "kB of model.safetensors")
+    for name in ("encoder", "joiner", "mJ per s, mcu", "planner", "size optimal", *bytes_of):
         assert name in shown
     assert shown.splitlines()[-1].startswith("modelled ")
     assert "not measured; WER +" in shown.splitlines()[-1]
@@ -436,6 +444,18 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         options(curve_steps=3)
     with pytest.raises(InputError, match="give either one budget, or the file of a plan"):
         options(budget=None)
+
+
+def test_a_model_that_is_compressed_already_is_refused_before_the_work(
+    folder: Path, tmp_path: Path
+) -> None:
+    """And its folder is as it was, so that a later run may have it."""
+    made = toy_streaming.model(factorised_blank=True)
+    save_compressed(made, tmp_path / "c", {"tokenizer.json": toy_streaming.tokenizer().to_json()})
+    data, out = AsrData(folder / "dev.tsv"), tmp_path / "out"
+    with pytest.raises(InputError, match="is compressed already; give the model that it was made"):
+        run(str(tmp_path / "c"), data, out, options())
+    assert not out.exists()
 
 
 def test_an_output_folder_is_looked_at_before_the_work(folder: Path, tmp_path: Path) -> None:

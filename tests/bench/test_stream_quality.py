@@ -12,12 +12,15 @@ import torch
 
 import toy_streaming
 from commands import offramp
+from offramp.audio.io import read_audio
 from offramp.bench.asr import AsrData
+from offramp.bench.speech_latency import Aligner, Recording, SpeechLatency
 from offramp.bench.stream_quality import StreamQualityOptions, run
 from offramp.bench.stream_timing import one_thread, spread, timings
 from offramp.data.manifest import Utterance, read_manifest, write_manifest
 from offramp.decoding.speech_stream import Stream
 from offramp.errors import ConfigError, InputError
+from offramp.results import Word
 from offramp.streaming import StreamingRecognizer
 from toy_streaming import RATE, babble
 
@@ -39,7 +42,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_every_chunk_size_has_its_errors_and_its_streams_write_the_same(folder: Path) -> None:
+def test_every_chunk_size_has_its_errors_and_its_streams_write_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def said(self: Aligner, samples: Any, text: str) -> tuple[Word, ...]:
+        return tuple(Word(word, 0.0, 0.1, 1.0) for word in text.split())
+
+    monkeypatch.setattr(Aligner, "words", said)
     options = StreamQualityOptions((120.0, 40.0), streamed=4, rounds=1)
     told: list[tuple[int, int]] = []
     found = run(
@@ -56,7 +66,11 @@ def test_every_chunk_size_has_its_errors_and_its_streams_write_the_same(folder: 
     assert other.wer.rate is not None and other.wer.rate > 0.0
     for made in found.chunks.values():
         assert made.identical == 4 and made.timing.rtf > 0.0
-        assert made.timing.latency.first_partial_ms is not None
+        assert made.timing.after_emission.first_partial_ms is not None
+        late = made.timing.after_speech
+        assert late.first_partial_ms is not None and 0.0 < late.first_partial_ms < 5000.0
+    late = own.timing.after_speech
+    assert late.words >= 4 and late.median_ms is not None, "all of its words are right"
 
 
 def test_a_stream_that_writes_something_else_is_counted(
@@ -78,7 +92,9 @@ def test_the_command_shows_and_writes_them(
     assert list(made["chunk_ms"]) == ["120"] and made["utterances"] == 3
     row = made["chunk_ms"]["120"]
     assert (row["wer"], row["wer_ci95"], row["cer"], row["identical"]) == (0.0, None, 0.0, 3)
-    assert row["rtf"] > 0.0 and row["latency_ms"]["first_partial_ms"] > 0.0
+    assert row["rtf"] > 0.0 and row["wait_after_emission_ms"]["first_partial_ms"] > 0.0
+    assert list(row["latency_ms"]) == ["first_partial_ms", "median_ms", "p90_ms", "words"]
+    assert "latency, ms" in out and "since the end of a word in the audio" in out
     status, out, err = offramp(capsys, *words, "--chunk-ms", "50")
     assert status == 2 and "chunk_ms is 50; this model hears whole frames of 40 ms" in err
 
@@ -101,8 +117,9 @@ def test_options_that_cannot_be_are_refused(changes: Any, kind: Any, says: str) 
 
 def test_arms_take_turns_on_one_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = StreamingRecognizer.load(folder / "m")
-    recordings = spread(read_manifest(folder / "dev.tsv"), 2)
-    assert [len(samples) for samples in recordings] == 2 * [round(SECONDS * RATE)]
+    chosen = spread(read_manifest(folder / "dev.tsv"), 2)
+    recordings = [Recording(read_audio(u.path), ()) for u in chosen]
+    assert [len(r.samples) for r in recordings] == 2 * [round(SECONDS * RATE)]
     seen: list[tuple[int, int]] = []
     opened: list[StreamingRecognizer] = []
     original = StreamingRecognizer.open
@@ -121,7 +138,8 @@ def test_arms_take_turns_on_one_thread(folder: Path, monkeypatch: pytest.MonkeyP
     turns = [["a", "b"][self is other] for self in opened]
     assert turns == ["a", "b", "b", "a", "b", "a", "a", "b"], "an unmeasured round comes first"
     for timing in found.values():
-        assert timing.rtf > 0 and (timing.latency.first_partial_ms or 0) > 0
+        assert timing.rtf > 0 and (timing.after_emission.first_partial_ms or 0) > 0
+        assert timing.after_speech == SpeechLatency(None, None, None, 0), "not known when said"
 
 
 def test_threads_come_back_after_an_error() -> None:

@@ -151,7 +151,9 @@ def test_a_compressed_joiner_is_thought_of_as_near() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_budget_that_cannot_be_met_is_refused_alike(name: str) -> None:
     problem = as_global(drawn(0)) if name == "global_magnitude" else drawn(0)
-    with pytest.raises(InputError, match=r"increase to -5\.00; the nearest that can be met is"):
+    with pytest.raises(
+        InputError, match=r"increase to -5\.00 percentage points; the nearest that can be met is"
+    ):
         RULES[name](problem, -0.05)
 
 
@@ -162,3 +164,24 @@ def test_equal_sensitivities_make_uniform_as_good_as_the_planner() -> None:
     problem = alike(cost)
     plan, rule = solve(problem, Budget(3 * cost(0.6))), uniform(problem, 3 * cost(0.6))
     assert rule == replace(plan, made_by="uniform")
+
+
+def test_one_level_for_all_may_compute_its_products_either_way() -> None:
+    """As the planner may, or it would win by what the rule was not offered."""
+    problem = drawn(0)
+    both = []
+    for candidate in problem.candidates["encoder"]:
+        both.append(candidate)
+        if candidate.choice.bits < 32:
+            cheap = replace(candidate.choice, activations="int8")
+            worse = increase(candidate.increase.value + 0.015)
+            costs = tuple(replace(c, macs={}) for c in candidate.costs)
+            both.append(replace(candidate, choice=cheap, increase=worse, costs=costs))
+    free = replace(problem, candidates={**problem.candidates, "encoder": tuple(both)})
+    ways = {uniform(free, limit).choices["encoder"].activations for limit in (0.002, 1.0)}
+    assert ways == {"bfloat16", "int8"}
+    for limit in (0.002, 0.02, 0.08):
+        plan = uniform(free, limit)
+        assert plan.wer_increase <= limit + 1e-12
+        alike = {replace(choice, activations="int8") for choice in plan.choices.values()}
+        assert len(alike) == 1, "one level and one number of bits"

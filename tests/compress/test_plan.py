@@ -19,7 +19,6 @@ from offramp.compress.plan import (
     MODULES,
     Choice,
     CompressionPlan,
-    fingerprint,
     pruned,
     quantised,
 )
@@ -31,6 +30,7 @@ from offramp.config import Chunking
 from offramp.energy.profiles import load_profile
 from offramp.energy.trace import StreamTrace
 from offramp.errors import ConfigError, DataError, InputError
+from offramp.models.fingerprint import fingerprint
 from toy_transducer import CHUNKING, transducer
 
 PLAN = CompressionPlan(

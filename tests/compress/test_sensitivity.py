@@ -118,7 +118,7 @@ def test_every_choice_is_measured_on_a_model_that_is_really_so() -> None:
     measure = Scale(model)
     grids = {"joiner": GRID, "encoder": replace(GRID, methods=("feed_forward",))}
     points = list(sweep(model, grids, measure))
-    assert len(points) == measure.calls == sum(grid.size for grid in grids.values())
+    assert len(points) == measure.calls == sum(len(grid.every) for grid in grids.values())
     assert len({(p.component, p.choice) for p in points}) == len(points)
     found = {(p.component, p.choice): p.increase.value for p in points}
     magnitude = [found["joiner", Choice("magnitude", level)] for level in GRID.levels]
@@ -127,6 +127,26 @@ def test_every_choice_is_measured_on_a_model_that_is_really_so() -> None:
     large = [found["encoder", Choice("feed_forward", x)] for x in GRID.levels]
     assert all(less > more for less, more in zip(small, large, strict=True))
     assert found["joiner", Choice(bits=8)] > 0 and ("joiner", Choice()) not in found
+
+
+def test_ways_to_compute_are_measured_apart_and_have_curves_of_their_own() -> None:
+    model = transducer()
+    costs = {"int8": 0.02, "bfloat16": 0.01}
+
+    def measure(small: Any) -> Increase:
+        value = costs[small.joiner.tokens.activations]
+        return Increase(value, (value, value))
+
+    grid = Grid(("magnitude",), (0.3, 0.6), (32, 8), ("int8", "bfloat16"))
+    kinds = [(c.bits, c.activations) for c in grid.every]
+    assert kinds[:2] == [(8, "int8"), (8, "bfloat16")], "at level 0, not the model as it is"
+    assert kinds[2:] == 2 * [(32, "bfloat16"), (8, "int8"), (8, "bfloat16")]
+    points = list(sweep(model, {"joiner": replace(grid, bits=(8,))}, measure))
+    made = {c.choice.activations: c for c in curves(points)}
+    assert {name: c.at(0.45).value for name, c in made.items()} == pytest.approx(costs)
+    assert {name: c.increases[0].value for name, c in made.items()} == costs
+    rows = list(csv.DictReader(io.StringIO(points_csv(points, list(made.values())))))
+    assert [float(r["fitted"]) for r in rows if r["fitted"]] == pytest.approx(2 * [0.02, 0.01])
 
 
 def test_what_is_known_is_not_measured_again() -> None:
@@ -237,6 +257,11 @@ def test_a_grid_that_cannot_be_is_refused() -> None:
         Grid(("magnitude",), (0.0, 0.3))
     with pytest.raises(ConfigError, match="bits is 7"):
         Grid(("magnitude",), bits=(7,))
+    with pytest.raises(ConfigError, match="activations is 'fp8'; allowed: "):
+        Grid(("magnitude",), activations=("fp8",))
+    with pytest.raises(ConfigError, match="activations are empty; give at least one"):
+        Grid(("magnitude",), activations=())
+    assert GRIDS["encoder"].activations == ("int8", "bfloat16"), "one saves energy, one time"
     for name in ("feed_forward", "units_and_heads"):
         assert name in GRIDS["encoder"].methods, "only structure saves an encoder time"
     assert all(len(grid.levels) >= 8 for grid in GRIDS.values())

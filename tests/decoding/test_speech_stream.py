@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save as bytes_of
+from torch import Tensor, nn
 
 from offramp.audio.resampler import Resampler
+from offramp.compress.quantize import WeightQuantization
 from offramp.config import Chunking
 from offramp.decoding.speech_stream import Stream
 from offramp.decoding.stream_plan import StreamOptions
-from offramp.errors import AudioError, InputError
+from offramp.errors import AudioError, CheckpointError, InputError
 from offramp.stream_events import Endpoint, Event, Final, Latency, Partial
 from offramp.streaming import StreamingRecognizer
 from toy_streaming import (
@@ -99,7 +103,9 @@ def test_samples_may_be_arrays_of_floats_or_16_bits(toy: StreamingRecognizer) ->
     expected = timeless(list(toy.stream([codes / 32768.0])))
     frozen = codes.numpy().copy()
     frozen.flags.writeable = False
-    for block in (codes, frozen, (codes / 32768.0).numpy(), (codes / 32768.0).double()):
+    swapped = frozen.astype(">i2"), (codes / 32768.0).numpy().astype(">f4")
+    floats = (codes / 32768.0).numpy(), (codes / 32768.0).double()
+    for block in (codes, frozen, *floats, *swapped):
         assert timeless(list(toy.stream([block]))) == expected
     assert timeless(list(toy.stream([(codes, RATE)]))) == expected
 
@@ -232,13 +238,94 @@ def test_a_state_of_another_stream_is_refused(toy: StreamingRecognizer) -> None:
         toy.resume(saved)
     with pytest.raises(InputError, match="opened with other options or for another model"):
         recognizer().resume(saved, StreamOptions(beam_size=2))
-    for damaged in (saved[:100], b"", saved[:-4], b"x" * 1000):
-        with pytest.raises(InputError, match="the saved stream cannot be read") as caught:
-            toy.resume(damaged)
-        assert "\n" not in str(caught.value)
     stream.finish()
     with pytest.raises(InputError, match="the stream has ended, so there is nothing"):
         stream.save()
+
+
+def test_a_state_of_other_weights_or_pieces_is_refused(toy: StreamingRecognizer) -> None:
+    """Though their shapes are the same."""
+    stream = toy.open()
+    stream.push(SPOKEN[:8000])
+    saved = stream.save()
+    trained = copy.deepcopy(toy.model)
+    trained.joiner.tokens.bias[0] += 1e-3
+    others = (
+        StreamingRecognizer(trained, toy.pieces),
+        StreamingRecognizer(WeightQuantization(4).apply(toy.model), toy.pieces),
+        StreamingRecognizer(toy.model, (*toy.pieces[:-1], "h")),
+    )
+    for other in others:
+        with pytest.raises(InputError, match="opened with other options or for another model"):
+            other.resume(saved)
+    same = StreamingRecognizer(copy.deepcopy(toy.model), toy.pieces).resume(saved)
+    assert timeless(same.finish()) == timeless(stream.finish())
+
+
+def _dropped(saved: dict[str, Tensor]) -> None:
+    del saved["search.predictor.0"]
+
+
+def _uncounted(saved: dict[str, Tensor]) -> None:
+    saved["counts"] -= 5
+
+
+def _halved(saved: dict[str, Tensor]) -> None:
+    saved["samples"] = saved["samples"][::2].clone()
+
+
+def _renamed(saved: dict[str, Tensor]) -> None:
+    saved["encoder.key"] = saved.pop("encoder.keys")
+
+
+def _not_a_number(saved: dict[str, Tensor]) -> None:
+    saved["encoder.keys"][0, 0, 0, 0] = math.nan
+
+
+def _shaped(saved: dict[str, Tensor]) -> None:
+    saved["search.scores"] = saved["search.scores"].flatten()
+
+
+def _typed(saved: dict[str, Tensor]) -> None:
+    saved["search.counts"] = saved["search.counts"].int()
+
+
+DAMAGE = (_dropped, _uncounted, _halved, _renamed, _not_a_number, _shaped, _typed)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_refused(
+    toy: StreamingRecognizer, damage: Callable[[dict[str, Tensor]], None]
+) -> None:
+    stream = toy.open()
+    stream.push(SPOKEN[:8000])
+    tensors = tensors_of(stream.save())
+    damage(tensors)
+    with pytest.raises(InputError, match="the saved stream is damaged; give what Stream"):
+        toy.resume(bytes_of(tensors))
+
+
+def test_a_state_of_another_version_is_refused(
+    toy: StreamingRecognizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, but not what this version looks for."""
+    stream = toy.open()
+    stream.push(SPOKEN[:8000])
+    theirs = stream.tensors()
+    del theirs["samples"]
+    monkeypatch.setattr(stream, "tensors", lambda: theirs)
+    with pytest.raises(InputError, match=r"of another version of offramp \(\w+\); go on with"):
+        toy.resume(stream.save())
+
+
+def test_what_is_no_state_is_refused(toy: StreamingRecognizer) -> None:
+    stream = toy.open()
+    stream.push(SPOKEN[:8000])
+    saved = stream.save()
+    for damaged in (saved[:100], b"", saved[:-4], b"x" * 1000, None):
+        with pytest.raises(InputError, match="the saved stream cannot be read") as caught:
+            toy.resume(damaged)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
 
 
 # -- what breaks ----------------------------------------------------------------------------------
@@ -263,11 +350,29 @@ def test_a_stream_that_breaks_gives_its_final_text(toy: StreamingRecognizer) -> 
         (torch.tensor([0.1, math.nan]), "the block at 1.00 s has samples that are NaN, infinite"),
         (torch.tensor([math.inf]), "the block at 1.00 s has samples that are NaN, infinite"),
         (torch.tensor([1e7]), r"beyond 1e\+06; push finite samples in \[-1, 1\]"),
+        ([0.1, 0.2], "the block at 1.00 s is list; push a tensor or an array"),
+        (None, "the block at 1.00 s is NoneType; push a tensor or an array"),
+        (np.zeros(9, dtype=complex), "the block at 1.00 s is complex128; push a tensor or an"),
+        (np.array(["a"]), "the block at 1.00 s is <U1; push a tensor or an array"),
+        (np.zeros(9, dtype=np.longdouble), "at 1.00 s is float128; push a tensor or an array"),
         ((SPOKEN, 8_000), "at 1.00 s has a sample rate of 8000 Hz, the stream 16000 Hz; open"),
         (torch.zeros(2, 100), r"at 1.00 s is torch.float32 \[2, 100\]; push mono samples"),
         (np.zeros(100, dtype=np.int32), r"at 1.00 s is torch.int32 \[100\]; push mono samples"),
     ],
-    ids=["NaN", "infinite", "loud", "another rate", "stereo", "32 bits"],
+    ids=[
+        *(
+            "NaN",
+            "infinite",
+            "loud",
+            "a list",
+            "nothing",
+            "complex",
+            "text",
+            "long",
+            "another rate",
+        ),
+        *("stereo", "32 bits"),
+    ],
 )
 def test_bad_samples_are_refused_by_name_and_nothing_is_lost(
     toy: StreamingRecognizer, block: Any, says: str
@@ -284,6 +389,52 @@ def test_bad_samples_are_refused_by_name_and_nothing_is_lost(
         stream.push(*block) if isinstance(block, tuple) else stream.push(block)
     said += stream.push(SPOKEN[16_000:]) + stream.finish()  # as it was
     assert timeless(said) == timeless(list(toy.stream([SPOKEN])))
+
+
+@pytest.mark.parametrize("size", [1600, 10**6])
+def test_an_encoding_that_is_not_finite_ends_the_stream_with_its_text(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Also the texts of utterances that ended in the same push."""
+    toy = recognizer(factorised_blank=True, time_reduction=4)
+    options = StreamOptions(gate=None, endpoint=ENDPOINTS)
+    samples = torch.cat((SPARSE, SPOKEN))
+    whole = list(toy.stream(samples.split(800), options))
+    encoder, heard = toy.model.encoder, 0
+
+    def overflow(norm: nn.Module, _: Any, output: Tensor) -> Tensor:
+        nonlocal heard
+        heard += 1
+        return output if heard < 24 else output * math.nan
+
+    hook = encoder.output_norm.register_forward_hook(overflow)
+    stream, found = toy.open(options), list[Event]()
+    with pytest.raises(CheckpointError, match="the encoder's output is not finite: its weights"):
+        for event in stream.read(samples.split(size)):
+            found.append(event)
+    hook.remove()
+    said = [e.text for e in found if isinstance(e, Final)]
+    assert len(said) > 2 and isinstance(found[-1], Final)
+    expected = [e.text for e in whole if isinstance(e, Final)]
+    assert said[:-1] == expected[: len(said) - 1] and expected[len(said) - 1].startswith(said[-1])
+    assert stream.finish() == []
+    with pytest.raises(InputError, match="the stream has ended"):
+        stream.push(SPOKEN)
+    for p in toy.model.encoder.output_norm.parameters():
+        p.fill_(math.nan)
+    with pytest.raises(CheckpointError, match="the encoder's output is not finite"):
+        toy.transcribe(samples, options)
+
+
+def test_what_was_not_given_out_comes_with_the_end(toy: StreamingRecognizer) -> None:
+    """Whoever reads the events may be interrupted between any two."""
+    options = StreamOptions(gate=None, endpoint=ENDPOINTS)
+    whole = timeless(list(toy.stream([SPARSE], options)))
+    stream = toy.open(options)
+    events = stream.read([SPARSE])
+    found = [next(events), next(events)]
+    assert timeless(found + stream.finish()) == whole
+    assert list(events) == []
 
 
 def test_an_ended_stream_takes_no_more(toy: StreamingRecognizer) -> None:

@@ -24,10 +24,16 @@ from toy_transducer import CHUNKINGS, ENCODERS, PREDICTORS, transducer
 pytestmark = pytest.mark.slow  # the default suite is to stay short
 
 
+@pytest.fixture(autouse=True)
+def convolutions_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few rows they are products and sums, as many, which neither hook nor counter sees."""
+    monkeypatch.setattr("offramp.nn.emformer._FEW_ROWS", 0)
+
+
 def seen(part: nn.Module, call: Callable[[], Any]) -> tuple[int, int]:
     """(weights that the modules of `part` read, MACs that PyTorch counts) in one call.
 
-    A module reads all its weights each time it runs, an embedding a row per token. The counter
+    A module reads all that it holds each time it runs, an embedding a row per token. The counter
     sees no fused attention on a CPU, hence the plain one.
     """
     weights = 0
@@ -35,7 +41,9 @@ def seen(part: nn.Module, call: Callable[[], Any]) -> tuple[int, int]:
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal weights
         lookup = isinstance(module, nn.Embedding)
-        weights += output.numel() if lookup else sum(p.numel() for p in module.parameters())
+        weights += (
+            output.numel() if lookup else sum(t.numel() for t in module.state_dict().values())
+        )
 
     hooks = [m.register_forward_hook(count) for m in part.modules() if not list(m.children())]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -62,7 +70,9 @@ def test_an_encoder_costs_per_chunk_what_it_is_seen_to_run(
         assert state.chunks == 3
         past = state.keys[:, 0].numel() + state.values[:, 0].numel() + state.frames[:, 0].numel()
         assert cost.cache_read == past
-    assert cost.stored == cost.weights == sum(p.numel() for p in model.encoder.parameters())
+    assert (
+        cost.stored == cost.weights == sum(t.numel() for t in model.encoder.state_dict().values())
+    )
 
 
 @pytest.mark.parametrize("changes", PREDICTORS.values(), ids=PREDICTORS)
@@ -92,7 +102,7 @@ def test_a_joiner_costs_per_call_what_it_is_seen_to_run(factorised: bool) -> Non
 def test_the_public_reference_costs_what_its_sizes_say() -> None:
     config = emformer_rnnt_base()
     encoder, predictor, joiner = encoder_call(config), predictor_call(config), joiner_call(config)
-    assert (encoder.weights, joiner.weights) == (63_605_760, 4_199_425)
+    assert (encoder.weights - 2 * 80, joiner.weights) == (63_605_760, 4_199_425)
     assert predictor.stored == 8_932_864
     assert predictor.weights == 8_932_864 - 4096 * 512  # one row of the embedding
     assert encoder.cache_read == 20 * 2 * 30 * 512

@@ -280,7 +280,12 @@ def test_a_factorised_blank_leaves_the_rest_to_the_labels(blank_id: int) -> None
     torch.testing.assert_close(probs[:, blank_id], blank)
     others = [v for v in range(11) if v != blank_id]
     torch.testing.assert_close(probs[:, others], labels)
-    torch.testing.assert_close(joiner.blank_logit(e, p).sigmoid(), blank)
+    known = joiner.blank_logit(e, p)
+    torch.testing.assert_close(known.sigmoid(), blank)
+    scored = []
+    joiner.blank.register_forward_hook(lambda *_: scored.append("blank"))
+    torch.testing.assert_close(joiner.log_probs(e, p, known).exp(), probs)
+    assert scored == []
 
 
 def test_the_blank_can_be_scored_without_the_labels() -> None:

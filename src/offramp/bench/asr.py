@@ -31,15 +31,9 @@ from offramp.decoding.early_exit_ctc import EarlyExit, EarlyExitOptions, early_e
 from offramp.decoding.encoder_cost import tower_macs
 from offramp.decoding.exit_policies import RULES, ExitPolicy, FixedExit
 from offramp.errors import DataError, InputError
-from offramp.recognizer import (
-    CALIBRATION,
-    Decode,
-    Recognizer,
-    TranscribeOptions,
-    decoder,
-    length_batches,
-)
+from offramp.recognizer import CALIBRATION, Decode, Recognizer, TranscribeOptions, decoder
 from offramp.results import ratio
+from offramp.transcription import length_batches
 
 _BATCH_FRAMES = 8_000  # feature frames of a batch, padding included: 80 s
 _TIMED = 4  # batches that are timed, spread evenly over the lengths

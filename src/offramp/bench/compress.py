@@ -26,7 +26,7 @@ from offramp.bench.wer import need_jiwer
 from offramp.compress import baselines
 from offramp.compress.candidates import Heard, Sensitivity, problem_of
 from offramp.compress.checkpoint import companions, save_compressed
-from offramp.compress.plan import CompressionPlan, fingerprint
+from offramp.compress.plan import CompressionPlan
 from offramp.compress.planner import front
 from offramp.compress.problem import Budget, Problem
 from offramp.compress.sensitivity import (
@@ -46,6 +46,7 @@ from offramp.energy.profiles import SHIPPED
 from offramp.errors import CheckpointError, InputError
 from offramp.files import check_writable_folder, json_text, replacing
 from offramp.models import hub
+from offramp.models.fingerprint import fingerprint
 from offramp.models.transducer import Transducer
 from offramp.streaming import StreamingRecognizer
 from offramp.tokenizer import TextTokenizer
@@ -99,6 +100,8 @@ class CompressOptions:
 @dataclass(frozen=True)
 class CompressReport:
     """best: what was saved, one of those tried. wer, dense, dense_bytes: of the model as it was.
+    Those bytes are of the weights as they run; file_bytes: of the model.safetensors of `dense` and
+    `compressed`, which may hold fewer bits each, and what only training needs.
     front: predicted, for rising WER budgets; baselines: predicted, for this one."""
 
     model: str
@@ -106,6 +109,7 @@ class CompressReport:
     wer: float
     dense: tuple[ModelledEnergy, ...]
     dense_bytes: int
+    file_bytes: Mapping[str, int]
     best: Tried
     tried: tuple[Tried, ...]
     front: tuple[CompressionPlan, ...]
@@ -142,6 +146,7 @@ class CompressReport:
             "data": self.data,
             "wer": {"dense": self.wer, "increase": self.best.increase.value},
             "bytes": {"dense": self.dense_bytes, "compressed": self.best.stored_bytes},
+            "file_bytes": dict(self.file_bytes),
             "dense": {e.profile.name: e.to_dict() for e in self.dense},
             "compressed": {e.profile.name: e.to_dict() for e in self.best.energies},
             "rounds": rounds,
@@ -163,6 +168,8 @@ def run(
     profiles = ProfileOptions(options.hardware).profiles()
     folder = hub.resolve(model)
     _check_out(out, folder)
+    if hub.is_compressed(folder):
+        raise InputError(f"{model} is compressed already; give the model that it was made from")
     given = None if options.plan is None else CompressionPlan.load(options.plan)
     recipe = None if options.recipe is None else transducer_recipe(options.recipe)
     need_jiwer()
@@ -189,27 +196,34 @@ def run(
         made, best = session.carry_out(given)
         tried = (best,)
     own = _heard(session, measured, session.own_ms, None)
-    report = CompressReport(
-        model=model,
-        data=str(data.data),
-        wer=ear.wer,
-        dense=session.energies(recognizer.model, StreamOptions(), own.trace),
-        dense_bytes=stored_bytes(recognizer.model),
-        best=best,
-        tried=tried,
-        front=() if problem is None else tuple(front(problem, _FRONT)),
-        baselines={} if problem is None else _baselines(problem, options.budget),
-    )
     files = {
         **companions(folder),
         "plan.json": best.plan.to_json(),
-        "energy-report.json": json_text(report.to_dict()),
         MEASURED: measured.to_json(),
     } | ({"sensitivity.csv": table} if table else {})
     with replacing(out) as temporary:  # the measurements make way for the whole
         chunking = session.chunking(best.plan.chunk_ms)
         save_compressed(finished(made, chunking, best.plan.blank_skip), temporary, files)
+        report = CompressReport(
+            model=model,
+            data=str(data.data),
+            wer=ear.wer,
+            dense=session.energies(recognizer.model, StreamOptions(), own.trace),
+            dense_bytes=stored_bytes(recognizer.model),
+            file_bytes={"dense": _file_bytes(folder), "compressed": _file_bytes(temporary)},
+            best=best,
+            tried=tried,
+            front=() if problem is None else tuple(front(problem, _FRONT)),
+            baselines={} if problem is None else _baselines(problem, options.budget),
+        )
+        told = json_text(report.to_dict())
+        (temporary / "energy-report.json").write_text(told, encoding="utf-8")
     return report
+
+
+def _file_bytes(folder: Path) -> int:
+    """Of the weights there, in one file or in shards."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def finished(model: Transducer, chunking: Chunking, blank_skip: float | None) -> Transducer:
@@ -297,7 +311,7 @@ def measured_problem(
     """What there is to choose from, and a table of what was measured for it."""
     assert options.budget is not None
     settings = settings_of(session, options.chunk_ms, options.blank_skips)
-    total = len(settings) + sum(grid.size for grid in options.grids.values())
+    total = len(settings) + sum(len(grid.every) for grid in options.grids.values())
     heard, done = [], 0
 
     def tell(more: int) -> None:

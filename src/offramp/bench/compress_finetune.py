@@ -15,8 +15,8 @@ from pathlib import Path
 
 from offramp.audio.features import FeatureConfig
 from offramp.compress.finetune import zeros_held
-from offramp.compress.plan import fingerprint
 from offramp.errors import ConfigError
+from offramp.models.fingerprint import fingerprint
 from offramp.models.transducer import Transducer
 from offramp.tokenizer import TextTokenizer
 from offramp.train.loop import train

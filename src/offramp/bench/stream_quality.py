@@ -2,7 +2,7 @@
 
 All recordings are heard at once, which writes what their streams write, only sooner. That this
 is so is looked at: a sample is really streamed, its texts are compared, and its time and latency
-are the measured ones.
+are the measured ones, latency from the end of a word in the audio (speech_latency.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from offramp.audio.io import SAMPLE_RATE, read_audio
 from offramp.bench.arms import Progress
 from offramp.bench.asr import AsrData
+from offramp.bench.speech_latency import ALIGNER, Aligner, Recording
 from offramp.bench.stream_timing import Timing, one_thread, spread, streamed, timings
 from offramp.bench.wer import (
     ErrorRate,
@@ -38,12 +37,14 @@ from offramp.streaming import StreamingRecognizer
 @dataclass(frozen=True)
 class StreamQualityOptions:
     """chunk_ms: sizes to compare, each once; none: the model's own. stream: all else of it.
-    streamed: recordings that are really streamed, of all lengths; rounds: how often each."""
+    streamed: recordings that are really streamed, of all lengths; rounds: how often each.
+    aligner: the CTC recogniser that says when their words were said."""
 
     chunk_ms: tuple[float, ...] = ()
     stream: StreamOptions = field(default_factory=StreamOptions)
     streamed: int = 8
     rounds: int = 3
+    aligner: str = ALIGNER
 
     def __post_init__(self) -> None:
         check_counts(1, streamed=self.streamed, rounds=self.rounds)
@@ -75,7 +76,8 @@ class ChunkQuality:
             "wer_ci95": None if self.wer.ci95 is None else list(self.wer.ci95),
             "cer": self.cer,
             "identical": self.identical,
-            "latency_ms": asdict(self.timing.latency),
+            "latency_ms": asdict(self.timing.after_speech),
+            "wait_after_emission_ms": asdict(self.timing.after_emission),
             "rtf": self.timing.rtf,
         }
 
@@ -110,7 +112,7 @@ def run(
     """on_progress hears of chunk sizes whose texts are written, then of rounds of streaming."""
     need_jiwer()
     recognizer = StreamingRecognizer.load(model, device=device)
-    plans = options.by_chunk(recognizer)
+    plans, aligner = options.by_chunk(recognizer), Aligner(options.aligner)
     utterances, left_out = data.utterances()
     references = [u.text for u in utterances]
     tell = on_progress or (lambda done, total: None)
@@ -119,7 +121,7 @@ def run(
     for size, plan in plans.items():
         written[size] = _texts(plan, utterances)
         tell(len(written), total)
-    sample = spread(utterances, options.streamed)
+    sample = [aligner.recording(u) for u in spread(utterances, options.streamed)]
     times = timings(
         {f"{size}": partial(Stream, plan, SAMPLE_RATE) for size, plan in plans.items()},
         sample,
@@ -145,12 +147,12 @@ def _texts(plan: StreamPlan, utterances: Sequence[Utterance]) -> list[str]:
     return [as_reference(plan.read_whole(read_audio(u.path))) for u in utterances]
 
 
-def _identical(plan: StreamPlan, sample: Sequence[Tensor]) -> int:
+def _identical(plan: StreamPlan, sample: Sequence[Recording]) -> int:
     """How many of `sample` a stream writes as they are written at once."""
     same = 0
     with one_thread():
-        for samples in sample:
-            events = streamed(Stream(plan, SAMPLE_RATE), samples)
+        for recording in sample:
+            events = streamed(Stream(plan, SAMPLE_RATE), recording.samples)
             said = " ".join(event.text for event in events if isinstance(event, Final))
-            same += said == plan.read_whole(samples)
+            same += said == plan.read_whole(recording.samples)
     return same

@@ -11,34 +11,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.audio.io import SAMPLE_RATE, read_audio
+from offramp.audio.io import SAMPLE_RATE
 from offramp.audio.live import BLOCK_S
 from offramp.bench.arms import Progress
+from offramp.bench.speech_latency import Recording, SpeechLatency
 from offramp.data.manifest import Utterance
 from offramp.decoding.speech_stream import Stream
+from offramp.results import Word
 from offramp.stream_events import Event, Latency
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Measured. rtf: CPU seconds of one thread per second of audio. latency: medians."""
+    """Measured. rtf: CPU seconds of one thread per second of audio. after_speech: from the end of
+    words in the audio; after_emission: from where the model wrote them, as streams tell it; both
+    until the text had them. The latter are medians over recordings."""
 
     rtf: float
-    latency: Latency
+    after_speech: SpeechLatency
+    after_emission: Latency
 
 
-def spread(utterances: Sequence[Utterance], count: int) -> list[Tensor]:
-    """Samples of up to `count` of them, from short to long."""
+def spread(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
+    """Up to `count` of them, from short to long."""
     ordered = sorted(utterances, key=lambda u: u.seconds)
     count = min(count, len(ordered))
-    return [
-        read_audio(ordered[(2 * n + 1) * len(ordered) // (2 * count)].path) for n in range(count)
-    ]
+    return [ordered[(2 * n + 1) * len(ordered) // (2 * count)] for n in range(count)]
 
 
 def timings(
     arms: Mapping[str, Callable[[], Stream]],
-    recordings: Sequence[Tensor],
+    recordings: Sequence[Recording],
     rounds: int,
     on_progress: Progress | None = None,
 ) -> dict[str, Timing]:
@@ -49,22 +52,26 @@ def timings(
     """
     names = list(arms)
     seconds: dict[str, list[list[float]]] = {n: [[] for _ in recordings] for n in names}
-    found: dict[str, list[Latency]] = {n: [] for n in names}
+    said: dict[str, list[tuple[list[Event], tuple[Word, ...]]]] = {n: [] for n in names}
     with one_thread():
         for turn in range(rounds + 1):
-            for number, samples in enumerate(recordings):
+            for number, recording in enumerate(recordings):
                 first = (turn + number) % len(names)
                 for name in names[first:] + names[:first]:
                     began = time.process_time()
-                    events = streamed(arms[name](), samples)
+                    events = streamed(arms[name](), recording.samples)
                     if turn:
                         seconds[name][number].append(time.process_time() - began)
-                        found[name].append(Latency.of(events))
+                        said[name].append((events, recording.spoken))
             if turn and on_progress is not None:
                 on_progress(turn, rounds)
-    audio_s = sum(map(len, recordings)) / SAMPLE_RATE
+    audio_s = sum(len(recording.samples) for recording in recordings) / SAMPLE_RATE
     return {
-        name: Timing(sum(map(statistics.median, seconds[name])) / audio_s, _median(found[name]))
+        name: Timing(
+            sum(map(statistics.median, seconds[name])) / audio_s,
+            SpeechLatency.over(said[name]),
+            _median([Latency.of(events) for events, _ in said[name]]),
+        )
         for name in names
     }
 

@@ -18,6 +18,7 @@ from offramp.cli.parameters import (
     Plot,
     Threads,
     check_outputs,
+    hardware_names,
     need_extra,
     set_threads,
 )
@@ -98,6 +99,8 @@ def energy(
     finetune_steps: int = 200,
     seeds: int = 3,
     max_wer_increase: float = 1.0,
+    levels: tuple[float, ...] = (),
+    rounds: int = 3,
     hardware: Hardware = HARDWARE,
     limit: Limit = None,
     threads: Threads = None,
@@ -107,27 +110,35 @@ def energy(
     """The planner beside simpler rules of compression: WER and time measured, energy modelled.
 
     Args:
-        prepare: Make the compressed models first, or go on with them; that takes hours.
+        prepare: Make the compressed models first, or go on with them; that takes hours, and how
+            many is estimated first.
         recipe: With prepare: the file that trained the model, for fine-tuning.
         runs: Folder of the compressed models, one ARM-SEED for each.
         data: Development sets by name, or manifests (may be given several times); default:
             kathleen_arctic and mini_librispeech_train_clean_5.
         finetune_steps: With prepare: of every model.
         seeds: With prepare: of fine-tuning, so many.
-        max_wer_increase: With prepare: percent that compression may cost, over the model as it is.
+        max_wer_increase: With prepare: percentage points that compression may cost, over the model
+            as it is.
+        levels: With prepare: measure each method at these shares pruned only (may be given several
+            times); default: 0.1 to 0.9.
+        rounds: With prepare: plans that each rule may try.
     """
     check_outputs(json, plot)
     need_extra("wer", "bench energy")
     set_threads(threads)
     from offramp import plots, terminal, terminal_energy
     from offramp.bench import energy as bench
-    from offramp.bench import energy_arms as arms
+    from offramp.bench import energy_prepare as make
+    from offramp.bench.energy_arms import DATA
 
-    sets, names = data or arms.DATA, tuple(hardware.split(","))
+    sets, names = data or DATA, hardware_names(hardware)
     if prepare:
         how = (finetune_steps, tuple(range(seeds)), max_wer_increase / 100, names)
+        where = (recipe, model, runs, sets, limit)
+        options = make.ArmsOptions(*where, *how, rounds=rounds, grids=make.grids_of(levels))
         with terminal.progress(f"preparing {runs}") as tell:
-            arms.prepare(arms.ArmsOptions(recipe, model, runs, sets, limit, *how), tell)
+            make.prepare(options, tell, terminal_energy.show_estimate)
     with terminal.progress("bench energy") as tell:
         report = bench.run(bench.EnergyOptions(runs, sets, limit, names), tell)
     terminal_energy.show_energy_bench(report)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offramp.cli.parameters import (
     BlankSkip,
@@ -18,6 +21,10 @@ from offramp.cli.parameters import (
     need_extra,
     set_threads,
 )
+from offramp.errors import InputError
+
+if TYPE_CHECKING:
+    from offramp.bench.asr import AsrData
 
 
 def exits(
@@ -67,14 +74,15 @@ def asr(
 ) -> None:
     """Word and character error rates at every exit and under every exit policy.
 
-    References and what is written are compared in lower case, without punctuation.
+    Of a Speech-LM: by every draft that it has, with what each takes; exit status 1: they do not all
+    write the same. References and what is written are compared in lower case, without punctuation.
 
     Args:
         data: Manifest (.tsv or .jsonl): path, seconds, text.
         confidence: Threshold; default: the calibrated one, or 0.76.
         entropy: Threshold; default: the calibrated one, or 0.67.
         agreement: Threshold; default: the calibrated one, or 0.91.
-        beam_size: Also search with so many prefixes, at the last exit.
+        beam_size: Also search with so many texts, at the last exit.
         lm: Also search with this n-gram language model (an ARPA file), at the last exit.
     """
     check_outputs(json)
@@ -84,14 +92,42 @@ def asr(
     set_threads(threads)
     from offramp import terminal
     from offramp.bench.asr import AsrData, AsrOptions, run
+    from offramp.recognizers import is_speech_lm
 
+    asked = AsrData(data, split, limit)
     given = {"confidence": confidence, "entropy": entropy, "agreement": agreement}
     thresholds = {rule: value for rule, value in given.items() if value is not None}
+    if is_speech_lm(model):
+        of_no_use = thresholds | {"lm": lm, "lm_weight": lm_weight}
+        _speech_lm(model, asked, beam_size, of_no_use, device, json)
+        return
     options = AsrOptions(thresholds, beam_size, lm, lm_weight)
     with terminal.progress(f"asr, {model}") as tell:
-        report = run(model, AsrData(data, split, limit), options, device, tell)
+        report = run(model, asked, options, device, tell)
     terminal.show_asr(report)
     terminal.write_json(json, report.to_dict())
+
+
+def _speech_lm(
+    model: str,
+    data: AsrData,
+    beam_size: int | None,
+    of_no_use: Mapping[str, object],
+    device: str,
+    json: Path | None,
+) -> None:
+    """`asr` of a Speech-LM."""
+    from offramp import terminal
+    from offramp.bench.speech_lm_quality import run
+
+    if given := [name for name, value in of_no_use.items() if value is not None]:
+        raise InputError(f"{given[0]} is of no use to {model}, a Speech-LM; leave it out")
+    with terminal.progress(f"asr, {model}") as tell:
+        report = run(model, data, beam_size, device, tell)
+    terminal.show_speech_lm(report)
+    terminal.write_json(json, report.to_dict())
+    if not report.identical:
+        sys.exit(1)
 
 
 def stream(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +34,12 @@ Limit = Annotated[int | None, Parameter(help="Take so many utterances at most, d
 StreamBeam = Annotated[
     int | None, Parameter(help="Beam search with so many hypotheses; default: greedy.")
 ]
+MaxSymbols = Annotated[
+    int | None,
+    Parameter(
+        help="Tokens that a frame may have in greedy search; default: one for every 40 ms of it."
+    ),
+]
 BlankSkip = Annotated[
     float | None,
     Parameter(
@@ -53,6 +62,30 @@ _EXTRAS = {
     "vad": ("silero_vad", "silero-vad"),
     "wer": ("jiwer", "jiwer"),
 }
+
+
+def hardware_names(given: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in given.split(","))
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, so that what was found is still written."""
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
+
+    names = ("SIGTERM", "SIGHUP")  # not every system has both
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handlers = {s: signal.getsignal(s) for s in signals}
+    before = {s: h for s, h in handlers.items() if h is not signal.SIG_IGN}  # as nohup has it
+    try:
+        for s in before:
+            signal.signal(s, stop)
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def no_options(type_: object, given: str | tuple[str, ...] | None) -> None:

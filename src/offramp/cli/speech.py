@@ -31,6 +31,8 @@ def transcribe(
     format: Literal["txt", "srt", "vtt", "tsv", "json"] = "txt",
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     exit_policy: Literal["entropy", "confidence", "agreement"] | None = None,
+    draft: Literal["ctc+mtp", "ctc", "mtp", "exit", "none"] | None = None,
+    guard: Literal["flag", "stop"] | None = None,
     threshold: float | None = None,
     max_wer_increase: float | None = None,
     calibration: Path | None = None,
@@ -53,13 +55,18 @@ def transcribe(
         format: Plain text, subtitles, a table of them, or all that is known.
         out: Folder for a file per recording, NAME.txt and so on; default: standard output.
         exit_policy: Leave the tower as soon as this rule is satisfied; default: at the last exit.
-        threshold: Of the rule; default: the calibrated one.
+        draft: Of a Speech-LM: where drafts come from, which change the time and not the text;
+            default: the fastest that the checkpoint has.
+        guard: Of a Speech-LM: flag words that the audio does not hold (in json), or stop there;
+            default: flag them.
+        threshold: Of the rule; default: the calibrated one. With --draft mtp: believe a head that
+            is so certain, unverified; the text may change.
         max_wer_increase: Use a threshold certified for at most so many percent (see calibrate).
         calibration: File that calibrated thresholds are in; default: the checkpoint's.
-        exit_layer: Always leave after so many layers.
+        exit_layer: Always leave after so many layers. With --draft exit: draft with so many.
         budget_ms: Go no deeper than fits this time, per segment of speech.
         budget_macs: Go no deeper than fits so many multiply-accumulates, per segment of speech.
-        beam_size: Beam search with so many prefixes; default: greedy, or 16 with --lm, --hotword.
+        beam_size: Beam search with so many texts; default: greedy, or 16 with --lm, --hotword.
         lm: N-gram language model for the beam search: an ARPA file, such as train-ngram makes.
         detector: What finds speech; default: silero-vad if it is installed, else loudness.
         trail: With --format json: also what every tested exit wrote.
@@ -72,14 +79,32 @@ def transcribe(
     if detector == "silero":
         need_extra("vad", "the detector silero")
     set_threads(threads)
+    from offramp import terminal
     from offramp.audio.vad import VadOptions
-    from offramp.recognizer import Recognizer, TranscribeOptions
+    from offramp.recognizers import options_for, transcriber
 
-    depth = (exit_policy, threshold, max_wer_increase, calibration, exit_layer)
-    search = (beam_size, lm, lm_weight, hotword)
-    vad = VadOptions(detector=detector)
-    options = TranscribeOptions(*depth, budget_ms, budget_macs, *search, trail=trail, vad=vad)
-    if output.write(Recognizer.load(model, device=device), options):
+    given: dict[str, object] = {
+        "exit_policy": exit_policy,
+        "draft": draft,
+        "guard": guard,
+        "threshold": threshold,
+        "max_wer_increase": max_wer_increase,
+        "calibration": calibration,
+        "exit_layer": exit_layer,
+        "budget_ms": budget_ms,
+        "budget_macs": budget_macs,
+        "beam_size": beam_size,
+        "lm": lm,
+        "lm_weight": lm_weight,
+        "hotwords": hotword or None,
+        "trail": trail or None,
+        "vad": VadOptions(detector=detector),
+    }
+    options = options_for(model, {name: v for name, v in given.items() if v is not None})
+    listen = transcriber(model, options, device)
+    if draft == "mtp" and threshold is not None:
+        terminal.say_lossy(threshold)
+    if output.write(listen):
         sys.exit(1)
 
 

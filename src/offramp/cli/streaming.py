@@ -15,12 +15,15 @@ from offramp.cli.parameters import (
     Hotwords,
     Json,
     Limit,
+    MaxSymbols,
     ModelName,
     Plot,
     Split,
     StreamBeam,
     Threads,
     check_outputs,
+    ended_as_by_ctrl_c,
+    hardware_names,
     need_extra,
     no_options,
     set_threads,
@@ -38,6 +41,8 @@ def stream(
     sample_rate: int | None = None,
     chunk_ms: float | None = None,
     beam_size: StreamBeam = None,
+    n_best: int = 1,
+    max_symbols: MaxSymbols = None,
     hotword: Hotwords = (),
     blank_skip: BlankSkip = None,
     json: bool = False,
@@ -47,10 +52,11 @@ def stream(
     """Turn speech into text while it comes in. What breaks off is written as far as it came.
 
     Args:
-        source: WAV, FLAC, OGG or MP3; - is standard input: 16-bit samples, mono, no header.
+        source: WAV, FLAC, OGG or MP3; - is standard input: 16-bit samples, mono, raw or as WAV.
         mic: Listen to the microphone instead, until Ctrl-C (needs the extra offramp[mic]).
-        sample_rate: Of standard input or the microphone, in Hz; default: 16000.
+        sample_rate: Of raw samples or the microphone, in Hz; default: 16000.
         chunk_ms: Audio that is heard at once; default: what the model was made for.
+        n_best: Show so many texts of a beam at most, the best first, when an utterance is over.
         json: One JSON object per event, then one with latency and counts.
     """
     if mic and source is None:
@@ -61,10 +67,13 @@ def stream(
     from offramp.streaming import StreamingRecognizer
     from offramp.terminal_energy import show_stream
 
-    options = StreamOptions(chunk_ms, beam_size, hotword, blank_skip)
+    options = StreamOptions(
+        chunk_ms, beam_size, hotword, blank_skip, max_symbols=max_symbols, n_best=n_best
+    )
     blocks, rate = open_source(source, mic, sample_rate)
     opened = StreamingRecognizer.load(model, device=device).open(options, rate)
-    show_stream(opened, opened.read(blocks), json)
+    with ended_as_by_ctrl_c():
+        show_stream(opened, opened.read(blocks), json)
 
 
 def profile(
@@ -75,6 +84,7 @@ def profile(
     hardware: Hardware = HARDWARE,
     chunk_ms: float | None = None,
     beam_size: StreamBeam = None,
+    max_symbols: MaxSymbols = None,
     blank_skip: BlankSkip = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -93,8 +103,8 @@ def profile(
     from offramp.bench.stream_profile import ProfileOptions, run
     from offramp.decoding.stream_plan import StreamOptions
 
-    how = StreamOptions(chunk_ms, beam_size, blank_skip=blank_skip)
-    report = run(model, recording, ProfileOptions(tuple(hardware.split(",")), how), device)
+    how = StreamOptions(chunk_ms, beam_size, blank_skip=blank_skip, max_symbols=max_symbols)
+    report = run(model, recording, ProfileOptions(hardware_names(hardware), how), device)
     terminal_energy.show_profile(report)
     terminal.write_json(json, report.to_dict())
     if plot is not None:
@@ -125,7 +135,7 @@ def compress(
     Args:
         data: Manifest (.tsv or .jsonl) of speech like what is to be recognised.
         out: Folder to write: the model, its plan and what was measured.
-        max_wer_increase: Percent, over the model as it is; as little energy as that allows.
+        max_wer_increase: Percentage points over the model as it is; as little energy as they allow.
         energy_budget_mj: Per second of audio, on every profile; as little WER as that allows.
         plan: Carry out this plan (plan.json of an earlier run) instead of searching one.
         chunk_ms: Choose from these (may be given several times); default: the model's own.
@@ -145,7 +155,7 @@ def compress(
     given = (share, energy_budget_mj) != (None, None)
     budget = Budget(share, energy_budget_mj) if given or plan is None else None
     tuning = (recipe, finetune_steps, curve_steps)
-    options = CompressOptions(budget, plan, tuple(hardware.split(",")), chunk_ms, *tuning)
+    options = CompressOptions(budget, plan, hardware_names(hardware), chunk_ms, *tuning)
     with terminal.progress(f"compressing {model}") as tell:
         report = run(model, AsrData(data, split, limit), out, options, tell, device)
     terminal_energy.show_compression(report)

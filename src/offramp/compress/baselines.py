@@ -7,6 +7,7 @@ the difference is what choosing well is worth.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -102,19 +103,18 @@ def _best_step(
 
 def _alike(problem: Problem, method: str, levels: Mapping[str, float]) -> Iterator[Pick]:
     """Each component by `method` at its level (0: not pruned), for every number of bits that all
-    have; a component that is always stored alike stays so."""
+    have, with products in every way that is there; a component that is always stored alike stays
+    so."""
     free = {name: some for name, some in problem.candidates.items() if len(some) > 1}
     for bits in sorted({c.choice.bits for some in free.values() for c in some}):
-        numbers = []
+        fitting = []
         for name, some in problem.candidates.items():
             level = levels.get(name, 0.0)
             wanted = ("none" if level == 0 else method, level, bits)
             kinds = [(c.choice.method, c.choice.level, c.choice.bits) for c in some]
-            if name in free and wanted not in kinds:
-                break
-            numbers.append(kinds.index(wanted) if name in free else 0)
-        else:
-            yield Pick(0, tuple(numbers))
+            fitting.append([n for n, k in enumerate(kinds) if k == wanted or name not in free])
+        for numbers in itertools.product(*fitting):
+            yield Pick(0, numbers)
 
 
 def _least_energy(

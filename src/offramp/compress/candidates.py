@@ -16,7 +16,7 @@ import torch
 
 from offramp.compress.components import stored_by_chunking, stored_weights
 from offramp.compress.method import modules_of
-from offramp.compress.plan import MODULES, Choice, fingerprint, pruned, quantised
+from offramp.compress.plan import MODULES, Choice, pruned, quantised
 from offramp.compress.problem import Candidate, Problem, Setting
 from offramp.compress.prune import WITH_WEIGHT, Weighted
 from offramp.compress.sensitivity import NO_INCREASE, Curve, Increase, Point
@@ -26,6 +26,7 @@ from offramp.energy.profiles import Profile
 from offramp.energy.trace import StreamTrace
 from offramp.energy.transducer_components import StoredWeights, call_costs, transducer_components
 from offramp.errors import InputError
+from offramp.models.fingerprint import fingerprint
 from offramp.models.transducer import Transducer
 
 # Twice as fine as what is measured: the curves tell the rest.

@@ -129,12 +129,14 @@ def load_model(
 ) -> M:
     """The model of class `wanted` in `folder`, compressed or not; frozen, in eval mode.
 
-    CheckpointError: there is none. InputError: whole numbers do not multiply in `dtype`.
+    CheckpointError: there is none, or it has weights that are not finite. InputError: whole
+    numbers do not multiply in `dtype`.
     """
     if not is_compressed(folder):
         load = next(kind.load for kind in _KINDS.values() if kind.model is wanted)
         model = load(folder, device, dtype)
         assert isinstance(model, wanted)
+        _check_finite(model, folder)
         return model
     model = load_compressed(folder, device)
     if not isinstance(model, wanted):
@@ -151,7 +153,9 @@ def load_model(
     if isinstance(model, DecoderLM):
         for p in model.parameters():
             p.data = lay_out(p.data)
-    return model.to(dtype)
+    model = model.to(dtype)
+    _check_finite(model, folder)
+    return model
 
 
 def load_compressed(folder: Path, device: torch.device | str = "cpu") -> Model:
@@ -219,6 +223,16 @@ def _read(
             f"{wanted.dtype} {list(wanted.shape)}; the files are not of one checkpoint"
         )
     return tensor
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    """A model with NaN in it would write nothing at all, and not say why."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{folder}: {name} holds numbers that are not finite in {tensor.dtype}; fetch the "
+                "checkpoint anew, or load it in float32"
+            )
 
 
 def _finish(model: nn.Module, folder: Path) -> None:

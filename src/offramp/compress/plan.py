@@ -7,14 +7,10 @@ told by a fingerprint of its configuration and weights; another model refuses it
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
-
-import torch
 
 from offramp.compress.blocks import BlockPruning
 from offramp.compress.feed_forward import FeedForwardPruning
@@ -29,6 +25,7 @@ from offramp.compress.scores import check_level
 from offramp.config import check_choice, strict
 from offramp.errors import ConfigError, DataError, InputError
 from offramp.files import json_text, read_table, write_table
+from offramp.models.fingerprint import fingerprint
 from offramp.models.transducer import Transducer
 
 FULL_BITS = 32  # weights as they are
@@ -141,16 +138,6 @@ class CompressionPlan:
         low, high = values["wer_increase_ci95"]
         choices = {name: strict(Choice, choice) for name, choice in values["choices"].items()}
         return strict(cls, {**values, "choices": choices, "wer_increase_ci95": (low, high)})
-
-
-def fingerprint(model: Transducer) -> str:
-    """sha256 of the configuration and of every tensor's name, kind, shape and values."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        plain = tensor.detach().to("cpu").contiguous().flatten()
-        digest.update(plain.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def pruned(model: Transducer, choices: Mapping[str, Choice]) -> Transducer:

@@ -83,8 +83,8 @@ def unmeetable(problem: Problem, budget: Budget) -> InputError:
         # Rounded up, or the figure itself could not be met.
         nearest = math.ceil(least * 1e4 - 1e-6) / 1e2
         return InputError(
-            f"no plan keeps the WER increase to {100 * budget.max_wer_increase:+.2f}; the nearest "
-            f"that can be met is {nearest:+.2f}"
+            f"no plan keeps the WER increase to {100 * budget.max_wer_increase:+.2f} percentage "
+            f"points; the nearest that can be met is {nearest:+.2f}"
         )
     mj = math.inf
     if (pick := _search(problem, _Goal("top", None, None))) is not None:

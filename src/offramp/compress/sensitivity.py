@@ -1,7 +1,7 @@
 """How much the WER grows as one component alone is compressed more and more.
 
 Each component is pruned by each method at rising levels, at once and optionally fine-tuned, and
-stored with each number of bits. All is told as an increase over the model as it was, measured on
+quantised in every way. All is told as an increase over the model as it was, measured on
 the same utterances. How a WER is measured is the caller's business, so no audio is needed here.
 """
 
@@ -45,42 +45,48 @@ Finetune = Callable[[Transducer], Transducer]
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried on a component: every method at every level (rising), with every bits."""
+    """What is tried on a component: every method at every level (rising), with every bits and,
+    where weights are quantised, all `activations`."""
 
     methods: tuple[str, ...]
     levels: tuple[float, ...] = LEVELS
     bits: tuple[int, ...] = ALL_BITS
-    activations: str = "bfloat16"
+    activations: tuple[str, ...] = ("bfloat16",)
 
     def __post_init__(self) -> None:
-        # Faults of single choices show here.
-        for bits in self.bits:
-            self.choice("none", 0.0, bits)
-        for method in self.methods:
-            for level in self.levels:
-                self.choice(method, level, FULL_BITS)
+        if not self.activations:
+            raise ConfigError("activations are empty; give at least one")
+        _ = self.every  # faults of single choices show here
         if list(self.levels) != sorted(set(self.levels)):
             raise ConfigError(f"levels are {self.levels}; they must rise")
 
-    def choice(self, method: str, level: float, bits: int) -> Choice:
+    def choices(self, method: str, level: float) -> list[Choice]:
         """Of this grid; what is not quantised has the default activations."""
-        if bits == FULL_BITS:
-            return Choice(method, level)
-        return Choice(method, level, bits, self.activations)
-
-    def unpruned(self) -> list[Choice]:
-        """The choices at level 0, but for the model as it is."""
-        return [self.choice("none", 0.0, bits) for bits in self.bits if bits != FULL_BITS]
+        found = []
+        for bits in self.bits:
+            if bits == FULL_BITS:
+                found.append(Choice(method, level))
+            else:
+                found += [Choice(method, level, bits, kind) for kind in self.activations]
+        return found
 
     @property
-    def size(self) -> int:
-        """Points, without fine-tuning."""
-        return len(self.unpruned()) + len(self.methods) * len(self.levels) * len(self.bits)
+    def unpruned(self) -> list[Choice]:
+        """The choices at level 0, but for the model as it is."""
+        return [choice for choice in self.choices("none", 0.0) if choice.bits != FULL_BITS]
+
+    @property
+    def every(self) -> list[Choice]:
+        """All that is measured, without fine-tuning."""
+        pairs = ((method, level) for method in self.methods for level in self.levels)
+        return [*self.unpruned, *(c for pair in pairs for c in self.choices(*pair))]
 
 
 # Encoder: hidden units, alone and with heads, leave smaller matrices, so they save time as well as
-# bytes; single weights and blocks cost least WER per byte, and save no time. It hears ten rows and
-# more at a time, where products of int8 are the quicker ones, and they take a fifth of the energy.
+# bytes; single weights and blocks cost least WER per byte, and save no time. Products of int8 take
+# a fifth of the energy of those of bf16, and at the five rows of a short chunk more time (they are
+# the quicker ones from about ten rows on). A plan is for least energy, so both are measured, and
+# int8 is chosen unless it costs WER; who wants the quicker one gives a grid with bf16 alone.
 # Predictor: an embedding, of which single rows are read, and a matrix. Joiner: one matrix, and the
 # most often read of all. Both hear one row at a time, and need no structure to be quick; low rank
 # makes their matrices really smaller. `magnitude` and `global_magnitude` are there for all three,
@@ -88,7 +94,7 @@ class Grid:
 GRIDS: dict[str, Grid] = {
     "encoder": Grid(
         ("feed_forward", "units_and_heads", "blocks", "magnitude", "global_magnitude"),
-        activations="int8",
+        activations=("int8", "bfloat16"),
     ),
     "predictor": Grid(("magnitude", "global_magnitude", "low_rank")),
     "joiner": Grid(("magnitude", "global_magnitude", "low_rank")),
@@ -127,10 +133,10 @@ def sweep(
 ) -> Iterator[Point]:
     """Every point as soon as it is measured; `model` stays as it is."""
     for component, grid in grids.items():
-        yield from _points(model, component, grid.unpruned(), measure, options, False)
+        yield from _points(model, component, grid.unpruned, measure, options, False)
         for method in grid.methods:
             for level in grid.levels:
-                choices = [grid.choice(method, level, bits) for bits in grid.bits]
+                choices = grid.choices(method, level)
                 found = []
                 for finetuned in (False,) if options.finetune is None else (False, True):
                     for point in _points(model, component, choices, measure, options, finetuned):
@@ -148,7 +154,8 @@ def _points(
     options: SweepOptions,
     finetuned: bool,
 ) -> Iterator[Point]:
-    """Of choices that differ in their bits only: pruned and fine-tuned once, if at all."""
+    """Of choices that differ in how they are quantised only: pruned and fine-tuned once, if at
+    all."""
     smaller = None
     for choice in choices:
         found = options.known.get((component, choice, finetuned))
@@ -164,7 +171,7 @@ def _points(
 
 @dataclass(frozen=True)
 class Curve:
-    """What one method costs one component with one number of bits, at any level up to the last.
+    """What one method costs one component, quantised in one way, at any level up to the last.
 
     choices: one of them; the level is free. fit: over the increases at `levels`, of which the
     first is 0. Its law is never extended beyond `levels`.
@@ -198,36 +205,40 @@ class Curve:
 
 
 def curves(points: Sequence[Point], finetuned: bool = False) -> list[Curve]:
-    """One for each component, method and bits. Level 0 is what the bits alone cost, which is
-    nothing where there are all 32."""
-    start = {(p.component, p.choice.bits): p.increase for p in points if p.choice.level == 0}
+    """One for each component, method, bits and activations. Level 0 is what quantising alone
+    costs, which is nothing where all 32 bits are left."""
+    start = {(p.component, *_stored(p.choice)): p.increase for p in points if p.choice.level == 0}
     measured = [p for p in points if p.choice.level > 0 and p.finetuned == finetuned]
 
-    def kind(point: Point) -> tuple[str, str, int]:
-        return point.component, point.choice.method, point.choice.bits
+    def kind(point: Point) -> tuple[str, str, int, str]:
+        return point.component, point.choice.method, *_stored(point.choice)
 
     found = []
-    for (component, method, bits), group in groupby(sorted(measured, key=kind), kind):
+    for (component, method, bits, activations), group in groupby(sorted(measured, key=kind), kind):
         members = sorted(group, key=lambda p: p.choice.level)
-        first = NO_INCREASE if bits == FULL_BITS else start[component, bits]
+        first = NO_INCREASE if bits == FULL_BITS else start[component, bits, activations]
         levels = (0.0, *(p.choice.level for p in members))
         increases = (first, *(p.increase for p in members))
-        name = f"{component}, {method}, {bits} bits"
+        name = f"{component}, {method}, {bits} bits, {activations}"
         law = fit(levels, [increase.value for increase in increases], name)
         found.append(Curve(component, members[-1].choice, finetuned, levels, increases, law))
     return found
 
 
+def _stored(choice: Choice) -> tuple[int, str]:
+    return choice.bits, choice.activations
+
+
 def points_csv(points: Sequence[Point], fitted: Sequence[Curve]) -> str:
     """A line per point, with what the fitted curve says there (none for points at level 0)."""
-    laws = {(c.component, c.choice.method, c.choice.bits, c.finetuned): c for c in fitted}
+    laws = {(c.component, c.choice.method, *_stored(c.choice), c.finetuned): c for c in fitted}
     text = io.StringIO()
     write = csv.writer(text, lineterminator="\n").writerow
     columns = ("component", "method", "level", "bits", "activations", "finetuned")
     write([*columns, "wer_increase", "low", "high", "fitted", "form"])
     for p in points:
         how = p.choice
-        curve = laws.get((p.component, how.method, how.bits, p.finetuned))
+        curve = laws.get((p.component, how.method, *_stored(how), p.finetuned))
         told = ["", ""] if curve is None else [curve.at(how.level).value, curve.form]
         row = [p.component, how.method, how.level, how.bits, how.activations, int(p.finetuned)]
         write([*row, p.increase.value, *p.increase.ci95, *told])

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor
 
@@ -27,13 +29,15 @@ from offramp.decoding.search_snapshot import restored_search, search_tensors
 from offramp.decoding.stream_plan import StreamPlan
 from offramp.energy.trace import StreamTrace
 from offramp.energy.transducer_cost import encoder_call
-from offramp.errors import AudioError, InputError
+from offramp.errors import AudioError, CheckpointError, InputError
+from offramp.models.fingerprint import tensors_sha256
 from offramp.nn.stream_state import StreamState
-from offramp.stream_events import Endpoint, Event, Final, Partial
+from offramp.stream_events import Alternative, Endpoint, Event, Final, Partial
 
 Samples = Tensor | np.ndarray
 Block = Samples | tuple[Samples, int]  # with its rate in Hz
 
+_DIGEST = "digest"  # name of what tells a saved stream that was damaged
 _LOUDEST = 1e6  # beyond it samples are not on a scale of 1, and their power nears float32's end
 
 
@@ -57,53 +61,72 @@ class Stream:
         self._chunks = self._passed = self._tokens = 0  # passed: feature frames
         self._ended = False
         self._shown = ""  # the last partial text
+        self._found: list[Event] = []  # not given out yet
         self.seconds = 0.0
 
     # -- in and out --------------------------------------------------------------------------
 
     def read(self, blocks: Iterable[Block]) -> Iterator[Event]:
-        """Push every block and finish. If something breaks, what was said so far comes first."""
+        """Push every block and finish. If something breaks, what was said so far comes first.
+
+        If it breaks where the events go, `finish` gives all that was not given out.
+        """
         try:
             for block in blocks:
                 samples, rate = block if isinstance(block, tuple) else (block, None)
-                yield from self.push(samples, rate)
+                self._take_in(samples, rate)
+                yield from self._one_by_one()
+            self._end()
+            yield from self._one_by_one()
         except (Exception, KeyboardInterrupt):
-            yield from self.finish()
+            self._end()
+            yield from self._one_by_one()
             raise
-        yield from self.finish()
 
     def push(self, samples: Samples, sample_rate: int | None = None) -> list[Event]:
         """samples [n], mono, float on a scale of 1 or int16 -> what they bring about.
 
         sample_rate: of these samples; None: the stream's, which it must equal. AudioError: another
-        rate, or samples that are not finite; the stream stays as it was.
+        rate, or samples that are not finite; the stream stays as it was. CheckpointError: weights
+        that give no finite numbers; the stream has ended, and `finish` gives what was said.
         """
+        self._take_in(samples, sample_rate)
+        return list(self._one_by_one())
+
+    def finish(self) -> list[Event]:
+        """No more samples come: what still waits is heard. Nothing, if that was said before."""
+        self._end()
+        return list(self._one_by_one())
+
+    def _take_in(self, samples: Samples, sample_rate: int | None) -> None:
         if self._ended:
             raise InputError("the stream has ended; open another")
         samples = self._checked(samples, sample_rate)
-        began, found = time.perf_counter(), list[Event]()
+        began = time.perf_counter()
         # A resampler's delay is told by what came in before an event, so by pieces of 10 ms.
         resampled = self._resampler.rate != SAMPLE_RATE
         size = self._resampler.rate // 100 if resampled else max(1, len(samples))
         for piece in torch.split(samples, size):
             self._received += len(piece)
-            found += self._hear(self._resampler.push(piece))
+            self._hear(self._resampler.push(piece))
         self.seconds += time.perf_counter() - began
-        return found
 
-    def finish(self) -> list[Event]:
-        """No more samples come: what still waits is heard. Nothing, if that was said before."""
+    def _end(self) -> None:
         if self._ended:
-            return []
+            return
         self._ended, began = True, time.perf_counter()
-        found = self._hear(self._resampler.finish())
+        self._hear(self._resampler.finish())
         rest = log_mel(self._samples, self._plan.features)
         if len(rest):
-            found += self._block(rest, began)
+            self._found += self._block(rest, began)
         if self._encoding is not None:
-            found += self._end_span(began, None)
+            self._found += self._end_span(began, None)
         self.seconds += time.perf_counter() - began
-        return found
+
+    def _one_by_one(self) -> Iterator[Event]:
+        """What was found. Where a call breaks, the next one gives out what is left."""
+        while self._found:
+            yield self._found.pop(0)
 
     @property
     def audio_s(self) -> float:
@@ -138,7 +161,8 @@ class Stream:
 
     def save(self) -> bytes:
         """The whole stream, for `StreamingRecognizer.resume`, at any time before it ends."""
-        return bytes_of(self.tensors())
+        tensors = self.tensors()
+        return bytes_of(tensors | {_DIGEST: _digest(tensors)})
 
     def tensors(self) -> dict[str, Tensor]:
         """A copy of everything, for `restore`."""
@@ -187,8 +211,8 @@ class Stream:
         self._shown = self._plan.text(self._plan.search.best(self._search))
 
     def _options_tensor(self) -> Tensor:
-        """Options and the shape of the model as bytes, to be compared."""
-        about = [asdict(self._plan.options), asdict(self._plan.model.config), self._resampler.rate]
+        """Options and what tells the model, as bytes, to be compared."""
+        about = [asdict(self._plan.options), self._plan.identity, self._resampler.rate]
         return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
 
     # -- from samples to frames --------------------------------------------------------------
@@ -200,8 +224,15 @@ class Stream:
                 f"{at} has a sample rate of {sample_rate} Hz, the stream {self._resampler.rate} "
                 "Hz; open another stream for it"
             )
-        if isinstance(samples, np.ndarray):
-            samples = torch.as_tensor(samples.copy())  # it may be read-only, and it is the caller's
+        if isinstance(samples, np.ndarray) and _is_plain(samples.dtype):
+            native = samples.astype(samples.dtype.newbyteorder("="))  # a copy: it is the caller's
+            samples = torch.as_tensor(native)
+        if not isinstance(samples, Tensor):
+            kind = getattr(samples, "dtype", type(samples).__name__)
+            raise AudioError(
+                f"{at} is {kind}; push a tensor or an array of mono samples [n], float on a scale "
+                "of 1 or int16"
+            )
         if samples.dtype == torch.int16:
             samples = samples / 32768.0
         if samples.ndim != 1 or not samples.is_floating_point():
@@ -217,18 +248,17 @@ class Stream:
             )
         return samples
 
-    def _hear(self, samples: Tensor) -> list[Event]:
+    def _hear(self, samples: Tensor) -> None:
         """Samples at 16 kHz: one frame of the tower after the other, as they are complete."""
-        features, found = self._plan.features, list[Event]()
+        features = self._plan.features
         block = self._plan.model.config.time_reduction
         step, needed = block * features.hop, (block - 1) * features.hop + features.window
         self._samples = torch.cat((self._samples, samples))
         while len(self._samples) >= needed:
             began, window = time.perf_counter(), self._samples[:needed]
             self._samples = self._samples[step:]
-            found += self._block(log_mel(window, features), began)
+            self._found += self._block(log_mel(window, features), began)
         self._samples = self._samples.clone()  # a view would keep the whole alive
-        return found
 
     def _block(self, features: Tensor, began: float) -> list[Event]:
         """The features of one frame of the tower, or fewer at the very end."""
@@ -252,11 +282,14 @@ class Stream:
         before = self._encoding.chunks
         encoded, _ = self._plan.model.encoder.finish(self._encoding)
         self._chunks += self._encoding.chunks - before
-        self._encoding = None
         found = [e for e in self._read(encoded[0], began) if not isinstance(e, Partial)]
+        return found + self._end_utterance(began, rule)
+
+    def _end_utterance(self, began: float, rule: str | None) -> list[Event]:
+        self._encoding = None
         best, end = self._plan.search.best(self._search), self._search.counts.frames
         self._search = self._plan.search.restart(self._search)
-        return found + self._closed(best, end, rule, began)
+        return self._closed(best, end, rule, began)
 
     # -- from frames to events ---------------------------------------------------------------
 
@@ -265,6 +298,12 @@ class Stream:
         if not len(encoded):
             return []
         plan, frame_s = self._plan, self._plan.frame_s
+        try:
+            plan.check_encoded(encoded)
+        except CheckpointError:
+            self._found += self._end_utterance(began, None)
+            self._ended = True
+            raise
         self._search, ended = read_utterances(
             plan.search, self._search, encoded, frame_s, plan.endpoint
         )
@@ -288,7 +327,8 @@ class Stream:
         self._tokens += len(hypotheses[0].tokens)
         if not self._plan.text(hypotheses):
             return []
-        found: list[Event] = [Final(**self._said(hypotheses[0], began))]
+        said, others = self._said(hypotheses[0], began), self._alternatives(hypotheses)
+        found: list[Event] = [Final(**said, alternatives=others)]
         if rule is not None:
             at_s = (end_frame + self._shift) * self._plan.frame_s
             found.append(Endpoint(rule, at_s, self._latency_ms(at_s, began)))
@@ -307,6 +347,14 @@ class Stream:
             "latency_ms": self._latency_ms(spoken[-1].end_s, began),
         }
 
+    def _alternatives(self, hypotheses: Sequence[Hypothesis]) -> tuple[Alternative, ...]:
+        """Each text once: different tokens may write the same."""
+        texts: dict[str, float] = {}
+        for h in hypotheses:
+            texts.setdefault(self._plan.text([h]), h.score - hypotheses[0].score)
+        (_, *others) = texts.items()
+        return tuple(Alternative(text, score) for text, score in others)
+
     def _needed_s(self) -> float:
         """Audio that had to come in for the frames heard so far."""
         if self._ended or self._resampler.rate != SAMPLE_RATE:
@@ -317,3 +365,28 @@ class Stream:
 
     def _latency_ms(self, since_s: float, began: float) -> float:
         return 1000 * (self._needed_s() - since_s + time.perf_counter() - began)
+
+
+def _is_plain(dtype: np.dtype[Any]) -> bool:
+    """Whether torch has it, but for the order of its bytes."""
+    return dtype.kind in "fiu" and dtype.itemsize <= 8
+
+
+def saved_tensors(saved: bytes) -> dict[str, Tensor]:
+    """What `Stream.save` kept, for `Stream.restore`. InputError: it is damaged."""
+    try:
+        tensors = tensors_of(saved)
+    except (SafetensorError, TypeError) as error:
+        raise InputError(
+            f"the saved stream cannot be read ({error}); give what Stream.save returned"
+        ) from error
+    digest = tensors.pop(_DIGEST, None)
+    if digest is None or not torch.equal(digest, _digest(tensors)):
+        raise InputError("the saved stream is damaged; give what Stream.save returned")
+    return tensors
+
+
+def _digest(tensors: dict[str, Tensor]) -> Tensor:
+    """uint8 [32]."""
+    digest = tensors_sha256(dict(sorted(tensors.items())))
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)

@@ -6,8 +6,11 @@ same text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,15 +18,17 @@ from torch import Tensor
 from offramp.audio.features import FeatureConfig, log_mel
 from offramp.audio.gate import GateOptions, SpeechGate
 from offramp.audio.io import SAMPLE_RATE
-from offramp.config import Chunking, check_positive
+from offramp.config import Chunking, check_counts, check_positive
 from offramp.decoding.ctc import Hypothesis, text
 from offramp.decoding.endpoint import EndpointOptions, read_utterances
 from offramp.decoding.lm import WordScorer, hotword_spelling
 from offramp.decoding.transducer import TransducerOptions, TransducerSearch
-from offramp.errors import InputError
+from offramp.errors import CheckpointError, InputError
+from offramp.models.fingerprint import fingerprint
 from offramp.models.transducer import Transducer
 from offramp.nn.stream_state import StreamState
 
+_FRAME_PER_TOKEN_S = 0.04  # 25 tokens a second: nobody speaks nearly as many
 _NO_ENDPOINTS = EndpointOptions(None, None, None)
 
 
@@ -35,6 +40,9 @@ class StreamOptions:
     probability, the labels are not scored (a model with a factorised blank only); None: the
     model's. endpoint: when an utterance ends; None: with the stream. gate: where the encoder
     rests; a gate that shuts ends the utterance. None: nowhere.
+
+    max_symbols: tokens that a frame may have in greedy search; None: one for every 40 ms of it. In
+    a beam it is 1. n_best: texts of a beam that a final event has at most, the best one included.
     """
 
     chunk_ms: float | None = None
@@ -43,29 +51,47 @@ class StreamOptions:
     blank_skip: float | None = None
     endpoint: EndpointOptions | None = field(default_factory=EndpointOptions)
     gate: GateOptions | None = field(default_factory=GateOptions)
+    max_symbols: int | None = None
+    n_best: int = 1
 
     def __post_init__(self) -> None:
         if self.chunk_ms is not None:
             check_positive(chunk_ms=self.chunk_ms)
+        if self.max_symbols is not None:
+            check_counts(1, max_symbols=self.max_symbols)
         if isinstance(self.hotwords, str) or not all(isinstance(h, str) for h in self.hotwords):
             raise InputError(
                 f"hotwords are {self.hotwords!r}; give a tuple of phrases, such as ('obeyed',)"
             )
-        self.search_options()  # its faults show here
+        self.search_options(_FRAME_PER_TOKEN_S)  # its faults show here
 
-    def search_options(self) -> TransducerOptions:
-        return TransducerOptions(beam_size=self.beam_size, blank_skip=self.blank_skip)
+    def search_options(self, frame_s: float) -> TransducerOptions:
+        """frame_s: seconds per frame of the tower."""
+        most = self.max_symbols
+        if most is None:
+            most = max(1, round(frame_s / _FRAME_PER_TOKEN_S)) if self.beam_size is None else 1
+        return TransducerOptions(
+            self.beam_size, n_best=self.n_best, max_symbols=most, blank_skip=self.blank_skip
+        )
 
 
 class StreamPlan:
     """A model, what each token id of it writes, and what options mean for them.
 
-    frame_s: seconds from one frame of the tower to the next. InputError: options that this model
-    cannot meet.
+    frame_s: seconds from one frame of the tower to the next. model_id: gives the `fingerprint` of
+    the model, by which a saved stream knows it; None: it is computed. InputError: options that this
+    model cannot meet.
     """
 
-    def __init__(self, model: Transducer, pieces: Sequence[str], options: StreamOptions) -> None:
+    def __init__(
+        self,
+        model: Transducer,
+        pieces: Sequence[str],
+        options: StreamOptions,
+        model_id: Callable[[], str] | None = None,
+    ) -> None:
         config = model.config
+        self._model_id = model_id
         self.model, self.pieces, self.options = model, tuple(pieces), options
         self.features = FeatureConfig(num_mels=config.num_mels)
         self.frame_s = config.time_reduction * self.features.hop / SAMPLE_RATE
@@ -80,12 +106,18 @@ class StreamPlan:
         if options.hotwords:
             spelled = [hotword_spelling(phrase, pieces) for phrase in options.hotwords]
             self.scorer = WordScorer(pieces, hotwords=spelled)
-        search = options.search_options()
+        search = options.search_options(self.frame_s)
         if search.blank_skip is None:
             search = replace(search, blank_skip=config.blank_skip)
         self.search = TransducerSearch(
             model.predictor, model.joiner, config.blank_id, search, self.scorer
         )
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 of the model and of what its tokens write: a saved stream goes on with these."""
+        model = fingerprint(self.model) if self._model_id is None else self._model_id()
+        return hashlib.sha256(json.dumps([model, self.pieces]).encode()).hexdigest()
 
     def gate(self) -> SpeechGate | None:
         """A new one; None: all passes."""
@@ -102,6 +134,14 @@ class StreamPlan:
         """Of the best one; "" where there is none."""
         return text(hypotheses[0].tokens, self.pieces) if hypotheses else ""
 
+    def check_encoded(self, encoded: Tensor) -> None:
+        """CheckpointError: what the encoder made of finite features is not finite."""
+        if not bool(encoded.isfinite().all()):
+            raise CheckpointError(
+                "the encoder's output is not finite: its weights are damaged, or too large for "
+                f"{self.model.dtype}; fetch the checkpoint anew, or choose another"
+            )
+
     @torch.no_grad()
     def read_whole(self, samples: Tensor) -> str:
         """The text of samples [N] at 16 kHz, heard at once: what a stream of them writes."""
@@ -109,6 +149,7 @@ class StreamPlan:
         for span in self._spans(log_mel(samples, self.features)):
             features, length = span[None].to(self.model.device), torch.tensor([len(span)])
             encoded, _ = self.model.encoder(features, length, self.chunking)
+            self.check_encoded(encoded)
             state, ended = read_utterances(
                 self.search, state, encoded[0], self.frame_s, self.endpoint
             )

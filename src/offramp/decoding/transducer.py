@@ -44,8 +44,10 @@ class Predictor(Protocol):
 class Joiner(Protocol):
     """What the search needs of a joiner; see `models.transducer`."""
 
-    def log_probs(self, encoder_out: Tensor, predictor_out: Tensor, /) -> Tensor:
-        """[N, J] and [N, J] -> [N, V], normalised."""
+    def log_probs(
+        self, encoder_out: Tensor, predictor_out: Tensor, blank_logit: Tensor | None = None, /
+    ) -> Tensor:
+        """[N, J] and [N, J] -> [N, V], normalised. blank_logit: [N], where it is known already."""
         ...
 
     def blank_logit(self, encoder_out: Tensor, predictor_out: Tensor, /) -> Tensor:
@@ -57,9 +59,10 @@ class Joiner(Protocol):
 class TransducerOptions:
     """beam_size: hypotheses kept per frame; None: greedy. n_best: texts returned at most.
 
-    max_symbols: tokens per frame at most. The default 1 makes the joiner run exactly once per
-    frame, and is what the beam does; frames of 40 ms leave 25 tokens a second, far more than
-    anyone speaks. More is for longer frames, greedy only.
+    max_symbols: tokens per frame at most. With 1 the joiner runs exactly once per frame, which is
+    what the beam does; with more, once more after each token but the last that a frame may have.
+    Frames of 40 ms leave 25 tokens a second with 1, far more than anyone speaks; longer frames may
+    need more, greedy only.
 
     min_log_prob: less likely tokens extend no hypothesis in that frame, save the likeliest one.
     blank_skip: where the joiner's own scorer of the blank gives it at least this probability, the
@@ -239,17 +242,19 @@ class TransducerSearch:
 
     def _score(self, frames: Tensor, outputs: Tensor) -> Iterator[_Scored]:
         """What the joiner says on each pair of rows, frames and outputs [N, J]."""
-        unsure, blank_only = list(range(len(frames))), {}
+        unsure, blank_only, known = list(range(len(frames))), {}, None
         if self.options.blank_skip is not None:
-            blank = F.logsigmoid(self._joiner.blank_logit(frames, outputs)).tolist()
+            known = self._joiner.blank_logit(frames, outputs)
             threshold = math.log(self.options.blank_skip)
+            blank = F.logsigmoid(known).tolist()
             blank_only = {n: p for n, p in enumerate(blank) if p >= threshold}
             unsure = [n for n in unsure if n not in blank_only]
         full: Iterator[_Scored] = iter(())
         if unsure:
             if blank_only:
                 frames, outputs = frames[unsure], outputs[unsure]
-            log_probs = self._joiner.log_probs(frames, outputs)
+                known = None if known is None else known[unsure]
+            log_probs = self._joiner.log_probs(frames, outputs, known)
             best, tokens = log_probs.max(dim=-1)
             blanks = log_probs[:, self._blank_id]
             full = map(_Scored, blanks.tolist(), tokens.tolist(), best.tolist(), log_probs)

@@ -2,7 +2,8 @@
 
 A part's energy is how often it is called times what a call reads and multiplies; `Trace` counts
 the first, this the second. MACs are counted as in `energy/cost.py`: matrix products, convolutions
-and attention. Weights are all parameters that a call reads; of an embedding, its rows.
+and attention. Weights are all parameters that a call reads, of an embedding its rows, and the
+statistics by which features are normalised.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def encoder_call(config: TransducerConfig, chunking: Chunking | None = None) -> 
     D, J, S, own = config.d_model, config.d_joint, chunking.chunk, chunking.frames
     reduced, reduced_macs = _subsampling(config, own)
     layers = {f"layers.{n}": _layer_weights(config) for n in range(config.num_layers)}
-    parts = {"input": reduced} | layers | {"output": D * J + 3 * J}
+    parts = {"input": reduced + 2 * config.num_mels} | layers | {"output": D * J + 3 * J}
     macs = reduced_macs + S * D * J
     macs += config.num_layers * _layer_macs(config, chunking)
     banked = int(chunking.memory > 0)

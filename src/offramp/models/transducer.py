@@ -323,18 +323,17 @@ class Joiner(nn.Module):
 
     def forward(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
         """Logits [..., V], whose softmax is the distribution, of either kind of blank."""
-        h = F.relu(encoder_out + predictor_out)
-        logits: Tensor = self.tokens(h)
-        if self.blank is None:
-            return logits
-        # Above the labels' logsumexp by b, the blank has the probability sigmoid(b).
-        blank = logits.logsumexp(dim=-1, keepdim=True) + self.blank(h)
-        labels = logits.tensor_split([self.blank_id], dim=-1)
-        return torch.cat((labels[0], blank, labels[1]), dim=-1)
+        return self._logits(encoder_out, predictor_out, None)
 
-    def log_probs(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
-        """[..., V], normalised; float32, or float64 if the model is."""
-        return _normalised(self(encoder_out, predictor_out))
+    def log_probs(
+        self, encoder_out: Tensor, predictor_out: Tensor, blank_logit: Tensor | None = None
+    ) -> Tensor:
+        """[..., V], normalised; float32, or float64 if the model is.
+
+        blank_logit: [...], what the method of that name gave for the same, so that the blank's own
+        scorer need not run again.
+        """
+        return _normalised(self._logits(encoder_out, predictor_out, blank_logit))
 
     def blank_logit(self, encoder_out: Tensor, predictor_out: Tensor) -> Tensor:
         """[...], whose sigmoid is the probability of blank, without a look at the labels."""
@@ -345,6 +344,19 @@ class Joiner(nn.Module):
             )
         logit: Tensor = self.blank(F.relu(encoder_out + predictor_out))
         return logit[..., 0]
+
+    def _logits(
+        self, encoder_out: Tensor, predictor_out: Tensor, blank_logit: Tensor | None
+    ) -> Tensor:
+        h = F.relu(encoder_out + predictor_out)
+        logits: Tensor = self.tokens(h)
+        if self.blank is None:
+            return logits
+        above = self.blank(h) if blank_logit is None else blank_logit[..., None]
+        # Above the labels' logsumexp by b, the blank has the probability sigmoid(b).
+        blank = logits.logsumexp(dim=-1, keepdim=True) + above
+        labels = logits.tensor_split([self.blank_id], dim=-1)
+        return torch.cat((labels[0], blank, labels[1]), dim=-1)
 
 
 class Transducer(nn.Module):
