@@ -278,9 +278,9 @@ def stream(
 ) -> Iterator[Event]:
     """What is said in a recording as it comes: `Partial`, `Final` and `Endpoint` events.
 
-    source: a path, a binary file object, or "-" for 16-bit samples at 16 kHz, mono, from standard
-    input. For blocks of samples of your own, and several streams, keep a `StreamingRecognizer`.
-    Faults of the model and the options show here, those of the audio where they are reached,
+    source: a path, a binary file object, or "-" for standard input: WAV, or 16-bit
+    samples at 16 kHz, mono. For blocks of samples of your own, and several streams, keep a
+    `StreamingRecognizer`. Faults of the model and the options show here, those of the audio where they are reached,
     after what was said before them.
     """
     blocks, rate = open_source(source)

@@ -1,8 +1,9 @@
 """What a stream of speech gives back as it comes, as frozen dataclasses. Standard library only.
 
-Times are seconds from the start of the audio. `latency_ms` is what a listener waits: the audio
-that had to come in after what the event is about had been said, and the time that the computing
-of its chunk took. It takes for granted that the machine keeps up with the audio.
+Times are seconds from the start of the audio. `latency_ms` is the audio that had to come in after
+the model wrote what the event is about, and the time that the computing of its chunk took. It takes
+for granted that the machine keeps up with the audio; a word that the model writes late is late
+beside it (bench/speech_latency.py measures from the speech itself).
 """
 
 from __future__ import annotations

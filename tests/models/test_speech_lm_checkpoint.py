@@ -274,6 +274,10 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
         r"projector.down.weight has shape \[16, 24\], config.json says \[32, 24\]",
     ),
     "no projector": (without("projector"), "lacks the tensor projector.norm.weight"),
+    "not a number": (
+        tensors(lambda t: t["projector.up.weight"].fill_(torch.nan)),
+        "projector.up.weight holds numbers that are not finite",
+    ),
     "no heads": (without("heads"), "lacks the tensor heads.expansion.weight"),
     "heads without a config": (config(heads=None), "holds 1 tensors that .*first: heads.expansion"),
     "more heads": (config(heads={"count": 5}), "heads.expansion.weight has shape"),

@@ -37,6 +37,7 @@ from offramp.models.hub import (
     DECODER_KIND,
     ENCODER_TYPE,
     TRANSDUCER_TYPE,
+    check_finite,
     check_target,
     described,
     is_compressed,
@@ -136,7 +137,7 @@ def load_model(
         load = next(kind.load for kind in _KINDS.values() if kind.model is wanted)
         model = load(folder, device, dtype)
         assert isinstance(model, wanted)
-        _check_finite(model, folder)
+        check_finite(model, folder)
         return model
     model = load_compressed(folder, device)
     if not isinstance(model, wanted):
@@ -154,7 +155,7 @@ def load_model(
         for p in model.parameters():
             p.data = lay_out(p.data)
     model = model.to(dtype)
-    _check_finite(model, folder)
+    check_finite(model, folder)
     return model
 
 
@@ -223,16 +224,6 @@ def _read(
             f"{wanted.dtype} {list(wanted.shape)}; the files are not of one checkpoint"
         )
     return tensor
-
-
-def _check_finite(model: nn.Module, folder: Path) -> None:
-    """A model with NaN in it would write nothing at all, and not say why."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CheckpointError(
-                f"{folder}: {name} holds numbers that are not finite in {tensor.dtype}; fetch the "
-                "checkpoint anew, or load it in float32"
-            )
 
 
 def _finish(model: nn.Module, folder: Path) -> None:

@@ -308,6 +308,16 @@ def fill(model: nn.Module, folder: Path, device: torch.device | str, dtype: torc
     model.requires_grad_(False).eval()
 
 
+def check_finite(model: nn.Module, folder: Path) -> None:
+    """CheckpointError: a model with NaN in it would write nothing at all, and not say why."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{folder}: {name} holds numbers that are not finite in {tensor.dtype}; fetch the "
+                "checkpoint anew, or load it in float32"
+            )
+
+
 def stored_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """What `fill` wants back. dtype: of those that are not counts (default: as they are)."""
     tensors: dict[str, Tensor] = {}

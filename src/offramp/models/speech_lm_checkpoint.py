@@ -25,6 +25,7 @@ from offramp.models.hf_checkpoint import PretrainedReader, PretrainedSpeech, is_
 from offramp.models.hf_ctc import PretrainedCTCEncoder
 from offramp.models.hub import (
     SPEECH_LM_TYPE,
+    check_finite,
     check_target,
     described,
     fill,
@@ -118,7 +119,10 @@ def load_speech_lm_config(folder: Path) -> SpeechLMConfig:
 def load_speech_lm(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SpeechLMCheckpoint:
-    """The model in `folder`, every tensor checked by name and shape; frozen, in eval mode."""
+    """The model in `folder`, every tensor checked by name and shape; frozen, in eval mode.
+
+    CheckpointError: there is none, or it has weights that are not finite.
+    """
     config = load_speech_lm_config(folder)
     tokenizer = TextTokenizer.load(folder / "tokenizer.json")
     speech = None
@@ -138,6 +142,7 @@ def load_speech_lm(
             f"{folder}: {error}; the files are not of one checkpoint, fetch it anew"
         ) from error
     fill(_stored_parts(model), folder, device, dtype)
+    check_finite(model, folder)
     for part in (model.decoder, model.heads):
         if isinstance(part, nn.Module):
             _lay_out(part)
