@@ -280,8 +280,8 @@ def stream(
 
     source: a path, a binary file object, or "-" for standard input: WAV, or 16-bit
     samples at 16 kHz, mono. For blocks of samples of your own, and several streams, keep a
-    `StreamingRecognizer`. Faults of the model and the options show here, those of the audio where they are reached,
-    after what was said before them.
+    `StreamingRecognizer`. Faults of the model and the options show here, those of the audio where
+    they are reached, after what was said before them.
     """
     blocks, rate = open_source(source)
     return StreamingRecognizer.load(model, device=device).stream(blocks, options, rate)
