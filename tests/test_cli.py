@@ -149,7 +149,14 @@ def test_text_of_one_recording_is_all_that_is_printed(capsys, recogniser_folder,
     assert silent == (0, "", "")
 
 
-def test_standard_input_may_be_transcribed(recogniser_folder, spoken):
+def test_standard_input_may_be_transcribed(capsys, monkeypatch, recogniser_folder, spoken):
+    with open(spoken / "b.wav") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert offramp(capsys, *transcribe(recogniser_folder, "-")) == (0, "mi\n", "")
+
+
+@pytest.mark.slow
+def test_a_pipe_may_be_transcribed(recogniser_folder, spoken):
     words = [sys.executable, "-m", "offramp", *transcribe(recogniser_folder, "-")]
     made = subprocess.run(
         words, input=(spoken / "b.wav").read_bytes(), capture_output=True, check=False

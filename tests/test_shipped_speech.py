@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
+from offramp.audio.io import read_audio
 from offramp.audio.vad import VadOptions
 from offramp.data.speech import normalize_text
 from offramp.decoding.exit_policies import edit_distance
 from offramp.demo import RECORDING, SAID
 from offramp.models.hub import SHIPPED
 from offramp.recognizer import Recognizer, TranscribeOptions
+from offramp.stream_events import Final, Latency
+from offramp.streaming import StreamingRecognizer
 
 LARGEST = 16 * 2**20  # bytes of a file in the repository
 
@@ -28,3 +33,15 @@ def test_asr_tiny_hears_the_sentence_of_the_demo() -> None:
         wrong[exit_layer] = edit_distance(made.text.split(), words)
     assert wrong[recognizer.config.exits[-1]] <= len(words) / 3
     assert wrong[recognizer.config.exits[0]] < len(words)
+
+
+def test_stream_tiny_writes_the_sentence_of_the_demo_as_it_comes_in() -> None:
+    """At most half of the words are wrong, and the stream writes what hearing it at once gives."""
+    folder = SHIPPED["stream-tiny"]
+    assert all(path.stat().st_size <= LARGEST for path in folder.iterdir())
+    recognizer, samples = StreamingRecognizer.load("stream-tiny"), read_audio(RECORDING)
+    whole, words = recognizer.transcribe(samples), normalize_text(SAID).split()
+    assert edit_distance(whole.split(), words) <= len(words) / 2
+    events = list(recognizer.stream(torch.split(samples, 1600)))
+    assert " ".join(e.text for e in events if isinstance(e, Final)) == whole
+    assert Latency.of(events).first_partial_ms is not None

@@ -31,9 +31,10 @@ from offramp.models.hub import save_decoder
 from offramp.models.speech_lm_checkpoint import SpeechLMParts, join_speech_lm
 from offramp.recognizer import Recognizer, TranscribeOptions
 from offramp.recognizers import is_speech_lm, options_for, transcriber
-from offramp.results import DecoderCounts, TextFlag
+from offramp.results import DecoderCounts, TextFlag, Transcript
 from offramp.speech_lm_recognizer import SpeechLMRecognizer, flagged_words
 from offramp.transcript_formats import cues
+from thinned import thinned
 from toy import decoder as random_decoder
 
 ENERGY = VadOptions(detector="energy")
@@ -78,11 +79,16 @@ def wav(samples: Tensor) -> io.BytesIO:
     return file
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.fixture(scope="module")
+def want(toy: SpeechLMRecognizer) -> Transcript:
+    """What plain decoding writes, one utterance at a time."""
+    return toy.transcribe(wav(talk()), replace(OPTIONS, draft="none", batch_size=1))
+
+
+@pytest.mark.parametrize("draft", thinned(DRAFTS, keep=("none", "exit", "ctc+mtp")))
 def test_every_draft_and_batch_size_makes_the_same_transcript(
-    toy: SpeechLMRecognizer, draft: Any
+    toy: SpeechLMRecognizer, want: Transcript, draft: Any
 ) -> None:
-    want = toy.transcribe(wav(talk()), replace(OPTIONS, draft="none", batch_size=1))
     made = toy.transcribe(wav(talk()), replace(OPTIONS, draft=draft, batch_size=3))
     assert [s.text for s in made.segments] == [s.text for s in want.segments]
     assert len(made.segments) == 5 and len({s.text for s in made.segments}) > 3
@@ -172,9 +178,9 @@ def test_the_longest_speech_is_the_one_whose_text_still_fits(toy: SpeechLMRecogn
 
 
 def test_longer_speech_is_cut_into_pieces_that_fit(toy: SpeechLMRecognizer) -> None:
-    made = toy.transcribe(wav(puffs(25.0, 3)), OPTIONS)
+    made = toy.transcribe(wav(puffs(12.0, 3)), OPTIONS)
     limit = toy.longest_s(60.0)
-    assert len(made.segments) >= 25 / limit
+    assert len(made.segments) >= 12 / limit
     for before, after in zip(made.segments, made.segments[1:], strict=False):
         assert before.end_s == after.start_s, "nothing is lost between them"
     for segment in made.segments:
@@ -280,11 +286,11 @@ def test_flags_name_words_and_a_guard_may_stop_there(toy: SpeechLMRecognizer) ->
 
 
 def test_the_folder_says_which_recogniser_it_holds(
-    folder: Path, recogniser_folder: Path, toy: SpeechLMRecognizer
+    folder: Path, recogniser_folder: Path, want: Transcript
 ) -> None:
     assert is_speech_lm(folder) and not is_speech_lm(recogniser_folder)
     made = offramp.transcribe(wav(talk()), model=folder, options=OPTIONS)
-    assert made.text == toy.transcribe(wav(talk()), OPTIONS).text
+    assert made.text == want.text
     assert isinstance(offramp.SpeechLMRecognizer.load(folder), SpeechLMRecognizer)
     with pytest.raises(CheckpointError, match="offramp-speech-lm"):
         Recognizer.load(folder)

@@ -15,6 +15,7 @@ import torch
 
 import toy_speech
 from offramp.cli import main
+from thinned import thinned
 
 
 def transcribe(capsys, recogniser_folder: Path, *words: object) -> tuple[int, str, str]:
@@ -73,7 +74,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("format", ["txt", "json"])
+@pytest.mark.parametrize("format", thinned(["txt", "json"], keep=["json"]))
 def test_a_bad_recording_is_one_line_and_leaves_nothing(
     capsys, tmp_path, recogniser_folder, name, format
 ):

@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "q/k norm, wide heads": {"qk_norm": True, "head_dim": 16},
     "tied": {"tied_embeddings": True},
 }
+KEPT = ("grouped heads", "sliding window", "tied")  # by the default suite, of large matrices
 
 
 def config(**changes: Any) -> DecoderConfig:

@@ -193,3 +193,5 @@ DRAFTS: dict[str, Callable[[DecoderLM], Draft]] = {
         {"n-gram": NGramDraft(1), "mtp": HeadsDraft(random_heads(m))}
     ),
 }
+# By the default suite, of large matrices: the published one, ours, the worst, and two together.
+KEPT = ("exit", "confident adaptive exit", "garbage", "n-gram or heads")

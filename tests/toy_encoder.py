@@ -52,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unscaled branches": OURS | {"branch_scale": None},
     "learned thirds": OURS | {"branch_factor": 3},
 }
+# By the default suite, of large matrices.
+KEPT = ("splitformer", "branches everywhere, third of the rate", "ours")
 
 
 def config(**changes: Any) -> EncoderConfig:

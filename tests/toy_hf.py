@@ -52,6 +52,8 @@ PARAKEET: dict[str, Any] = {
     "subsampling_conv_channels": 8,
     "num_mel_bins": 16,
 }
+# By the default suite, of large matrices: one of each family.
+KEPT = ("wav2vec2 layer norm first", "hubert batch norm", "wavlm group norm", "parakeet")
 LENGTHS = (900, 1500, 611)  # samples; a tenth of it frames for Parakeet
 
 

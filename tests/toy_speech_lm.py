@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "drafts at the last exit": {"ctc_exit": 5},
     "drafts at an early exit": {"ctc_exit": 3},
 }
+# By the default suite, of large matrices.
+KEPT = ("text before and after", "every frame", "independent heads", "drafts at an early exit")
 
 
 def config(**changes: Any) -> SpeechLMConfig:

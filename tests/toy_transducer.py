@@ -73,6 +73,9 @@ CHUNKINGS: dict[str, Chunking] = {
     "memory alone": Chunking(2, 0, 0, memory=3),
     "memory longer than the past": Chunking(4, 2, 1, memory=50),
 }
+# By the default suite, of large matrices.
+KEPT = ("published", "all together")
+KEPT_CHUNKINGS = ("default", "right context longer than the chunk", "memory")
 
 
 def config(**changes: Any) -> TransducerConfig:

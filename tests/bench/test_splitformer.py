@@ -272,7 +272,7 @@ def test_ours_is_set_beside_each_baseline_at_its_own_time(
         "ours": {1: 1.1, 2: 1.35, 3: 2.9},
     }
     monkeypatch.setattr(splitformer, "cpu_times", lambda *given: times)
-    told = splitformer.run(options).to_dict()
+    told = splitformer.run(replace(options, strings=6)).to_dict()
     ours = {b: {e: p["our_exit"] for e, p in by.items()} for b, by in told["paired"].items()}
     assert ours == {"early_exit": {"2": 2, "3": 3}, "splitformer": {"1": 2, "2": 2, "3": 3}}
     exits = {arm: made["exits"] for arm, made in told["arms"].items()}

@@ -14,6 +14,7 @@ from offramp.compress.plan import Choice, CompressionPlan
 from offramp.compress.planner import solve
 from offramp.compress.problem import Budget, Candidate, Problem, Setting
 from offramp.errors import InputError
+from thinned import thinned
 from toy_plans import NAMES, alike, component, device, drawn, increase
 
 Rule = Callable[[Problem, float], CompressionPlan]
@@ -38,7 +39,7 @@ def as_global(problem: Problem) -> Problem:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", thinned(range(12), keep=(0, 4, 8)))
 def test_none_takes_less_than_the_planner(name: str, seed: int) -> None:
     problem = drawn(seed)
     if name == "global_magnitude":

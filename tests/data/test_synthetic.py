@@ -35,6 +35,7 @@ from offramp.data.synthetic import (
     transcript_sentences,
 )
 from offramp.errors import ConfigError, DataError, InputError
+from thinned import thinned
 
 TEXT = "He walked slowly, and said nothing at all."
 SENTENCES = [
@@ -76,7 +77,9 @@ def test_samples_are_16_khz_mono_in_range() -> None:
 
 
 @needs_espeak
-@pytest.mark.parametrize("variant", ["", "f3", "Alicia", "sandro", "victor"])  # breath is random
+@pytest.mark.parametrize(  # breath is random
+    "variant", thinned(["", "f3", "Alicia", "sandro", "victor"], keep=("", "victor"))
+)
 def test_equal_requests_give_equal_samples_whatever_was_said_before(variant: str) -> None:
     speaker = Speaker(variant=variant)
     first = synthesize(TEXT, speaker)
@@ -91,6 +94,7 @@ def test_equal_requests_give_equal_samples_whatever_was_said_before(variant: str
 
 
 @needs_espeak
+@pytest.mark.slow
 def test_every_voice_and_variant_speaks_and_none_is_clipped() -> None:
     for voice in VOICES:
         assert espeak().speak("Hello there.", Speaker(voice))[0].any(), voice
@@ -355,6 +359,7 @@ def test_every_pass_says_every_sentence_in_its_own_order_and_voices() -> None:
 
 
 @needs_espeak
+@pytest.mark.slow
 def test_data_loading_processes_give_the_same() -> None:
     speech = SyntheticSpeech(SENTENCES, seed=5, length=6)
     expected = [speech[i] for i in range(6)]  # also starts ours, which they must not share

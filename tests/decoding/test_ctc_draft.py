@@ -47,7 +47,13 @@ HEARD: dict[str, Heard] = {
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "setting"), [(1, "greedy"), (8, "greedy"), (1, "sampled"), (8, "sampled")]
+    ("num_rows", "setting"),
+    [
+        pytest.param(1, "greedy", marks=pytest.mark.slow),
+        (8, "greedy"),
+        pytest.param(1, "sampled", marks=pytest.mark.slow),
+        pytest.param(8, "sampled", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("heard", HEARD)
 def test_whatever_was_heard_the_text_is_the_plain_one(

@@ -18,7 +18,8 @@ from offramp.energy.trace import Trace
 from offramp.errors import InputError
 from offramp.nn.cache import KVCache
 from offramp.nn.tower import TracedTower
-from toy_decoding import DRAFTS, LAYERS
+from thinned import thinned
+from toy_decoding import DRAFTS, KEPT, LAYERS
 from toy_listening import BOS, Scene, scene
 
 SAMPLED = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=3)
@@ -37,7 +38,7 @@ def test_the_scene_is_worth_testing() -> None:
     assert all(len(set(row.tokens)) > 3 for row in s.written)
 
 
-@pytest.mark.parametrize("variant", toy.VARIANTS)
+@pytest.mark.parametrize("variant", thinned(toy.VARIANTS.keys(), toy.KEPT))
 def test_each_token_is_the_best_after_audio_and_text(variant: str) -> None:
     """Without a cache, from the start, for every token."""
     model, text = run.model(**toy.VARIANTS[variant]).double(), run.prompt(3)
@@ -62,8 +63,11 @@ def test_embeddings_of_tokens_are_tokens() -> None:
     assert run.drafted(model, last, NoDraft(), 4, Stop(12), prefixes=prefixes).rows == expected
 
 
-@pytest.mark.parametrize(("num_rows", "sampled"), [(1, False), (8, False), (8, True)])
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(
+    ("num_rows", "sampled"),
+    [pytest.param(1, False, marks=pytest.mark.slow), (8, False), (8, True)],
+)
+@pytest.mark.parametrize("draft", thinned(DRAFTS.keys(), (*KEPT, "another model")))
 def test_every_draft_writes_the_plain_text(draft: str, num_rows: int, sampled: bool) -> None:
     s = listening(num_rows, sampled)
     assert s.drafted(DRAFTS[draft](s.model), 4).rows == s.written

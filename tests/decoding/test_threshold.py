@@ -18,6 +18,7 @@ from offramp.errors import InputError
 from offramp.nn.heads import Heads
 from offramp.nn.tower import Tower, TracedTower
 from offramp.results import Step
+from thinned import thinned
 from toy_decoding import LAYERS
 from toy_listening import MAX_TOKENS, VOCAB, KnowingHeads, Scene, scene
 
@@ -64,7 +65,7 @@ def decode(
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("num_rows", thinned([1, 8], keep=[8]))
 def test_trusting_no_head_is_plain_decoding(num_rows: int, setting: str) -> None:
     s = listening(num_rows, setting)
     got, calls = decode(s, run.random_heads(s.model), 1.1)
@@ -75,7 +76,15 @@ def test_trusting_no_head_is_plain_decoding(num_rows: int, setting: str) -> None
 
 @pytest.mark.parametrize(
     ("min_confidence", "kept"),
-    [(1.1, 1), (0.95, 1), (0.89, 2), (0.5, 3), (0.31, 3), (0.29, 4), (0, 4)],
+    [
+        pytest.param(1.1, 1, marks=pytest.mark.slow),
+        (0.95, 1),
+        (0.89, 2),
+        pytest.param(0.5, 3, marks=pytest.mark.slow),
+        (0.31, 3),
+        (0.29, 4),
+        pytest.param(0, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_heads_are_kept_up_to_the_first_that_is_unsure(min_confidence: float, kept: int) -> None:
     """So calls never rise as the threshold falls, for texts of one length."""
@@ -97,7 +106,7 @@ def test_a_sure_head_behind_an_unsure_one_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 8])
-@pytest.mark.parametrize("count", [2, 4, 6])
+@pytest.mark.parametrize("count", thinned([2, 4, 6], keep=[4]))
 def test_heads_that_know_write_the_plain_text(count: int, num_rows: int) -> None:
     """In U / K calls, one less than with verification; cut where plain decoding stops."""
     s = listening(num_rows)

@@ -20,6 +20,7 @@ from offramp.decoding.tower_beam import (
 )
 from offramp.errors import ConfigError, InputError
 from offramp.models.decoder_lm import DecoderLM
+from thinned import thinned
 from toy_beam import EOS, PROMPT, assert_same, counted, embeddings, small, state_after
 
 
@@ -42,7 +43,7 @@ def slow_beam(
     return sorted(done, key=lambda h: -h.score)[: beam.n_best]
 
 
-@pytest.mark.parametrize("beam_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("beam_size", thinned([1, 2, 3, 5], keep=[3]))
 @pytest.mark.parametrize("with_prefix", [False, True])
 def test_the_beam_is_the_obvious_one(beam_size: int, with_prefix: bool) -> None:
     reasons = set()

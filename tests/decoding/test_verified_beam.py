@@ -14,6 +14,7 @@ from offramp.decoding.exit_policies import edit_distance
 from offramp.decoding.tower_beam import TextHypothesis, TextRows, Tokens, TowerBeam, tower_beam
 from offramp.decoding.verified_beam import CTCTails, HeadTails, TailDraft, verified_beam
 from offramp.models.decoder_lm import DecoderLM
+from thinned import thinned
 from toy_beam import (
     EOS,
     PROMPT,
@@ -71,7 +72,7 @@ def calls_of(
 
 
 @pytest.mark.parametrize("name", DRAFTS)
-@pytest.mark.parametrize("beam_size", [1, 2, 4])
+@pytest.mark.parametrize("beam_size", thinned([1, 2, 4], keep=[4]))
 def test_every_draft_finds_what_the_plain_beam_finds(name: str, beam_size: int) -> None:
     for seed in range(4):
         model, prefix = small(seed), embeddings(6, seed) if seed % 2 else None
@@ -113,7 +114,7 @@ def test_no_text_is_read_twice_and_none_past_an_end(monkeypatch: pytest.MonkeyPa
             return found
 
     monkeypatch.setattr(module, "TextRows", Recorded)
-    for seed, name in itertools.product(range(5), DRAFTS):
+    for seed, name in itertools.product(range(3), DRAFTS):
         model, beam = small(seed), TowerBeam(9, EOS, 3)
         best = tower_beam(model, PROMPT, beam)[0].tokens
         verified_beam(model, PROMPT, beam, DRAFTS[name](model, best), embeddings(4))
@@ -122,7 +123,7 @@ def test_no_text_is_read_twice_and_none_past_an_end(monkeypatch: pytest.MonkeyPa
         assert max(map(len, read)) < beam.max_tokens
         total += len(read)
         read.clear()
-    assert total > 500
+    assert total > 300
 
 
 # -- drafts -------------------------------------------------------------------------------------

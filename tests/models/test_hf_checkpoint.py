@@ -25,6 +25,7 @@ from offramp.models.hf_checkpoint import (
     load_pretrained,
     save_exits,
 )
+from thinned import thinned
 from toy_encoder import randomize
 from toy_hf import MODELS, WORDS, L, all_exits, inputs, save_checkpoint, theirs, toy
 
@@ -49,7 +50,7 @@ def speech(folder: Path, name: str) -> PretrainedSpeech:
     return found
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=thinned(MODELS.keys(), keep=(RAW, FEATURES)))
 def name(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
 

@@ -109,7 +109,11 @@ def by_utterance(of: MWERTask, batch: SpeechBatch) -> tuple[Tensor, float]:
 
 @pytest.mark.parametrize(
     ("changes", "with_reference"),
-    [({}, False), ({"prompt": "w3 {audio} w4 w5"}, True), ({"heads": None}, True)],
+    [
+        ({}, False),
+        ({"prompt": "w3 {audio} w4 w5"}, True),
+        pytest.param({"heads": None}, True, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_step_adds_the_gradient_of_the_word_errors_to_plain_training(

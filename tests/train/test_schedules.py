@@ -15,6 +15,7 @@ from offramp.train.schedules import (
     exit_weights,
     learning_rate,
 )
+from thinned import thinned
 
 ROTATIONS = [(32, 8), (40, 39), (16, 8), (24, 23), (7, 3), (5, 5), (5, 9), (1, 1), (1, 4), (6, 1)]
 
@@ -31,7 +32,7 @@ def test_exit_scale_is_the_papers_formula(num_layers: int, scale: float) -> None
 
 @pytest.mark.parametrize("kind", CURRICULA)
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 12])
-@pytest.mark.parametrize("scale", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("scale", thinned([0.0, 0.2, 1.0], keep=[0.2]))
 @pytest.mark.parametrize("period", [1, 4, 12, 30])
 def test_weights_sum_to_1_at_every_step(
     kind: str, num_layers: int, scale: float, period: int

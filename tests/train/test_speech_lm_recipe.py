@@ -175,6 +175,7 @@ def test_a_new_decoder_then_heads_on_it_which_change_nothing_else(
     assert state and all(tensor.any() for tensor in state.values())
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_a_speech_lm(manifest: str, encoder: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     list(recipe(manifest, new(encoder)).run(first))

@@ -192,6 +192,7 @@ def test_what_does_not_fit_is_refused(manifest: Path, tmp_path: Path) -> None:
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "attach-exits-asr.md"
 
 
+@pytest.mark.slow
 def test_the_how_to_runs_as_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
