@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import toy
+from memory import peak_bytes
 from offramp.data.batching import IGNORE
 from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.layers import RMSNorm
@@ -149,15 +149,8 @@ BLOCK = CHUNK * V * 4  # bytes of one chunk of logits
 
 
 def peak(run: Callable[[], object]) -> float:
-    """Largest sum of allocations alive at once while `run` runs, in blocks of logits."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most / BLOCK
+    """In blocks of logits."""
+    return peak_bytes(run) / BLOCK
 
 
 def loss_of(num_exits: int, distill: float, chunked: bool) -> Callable[[], object]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import toy
+from memory import peak_bytes
 from offramp.config_speech_lm import HeadsConfig
 from offramp.data.batching import IGNORE
 from offramp.models.decoder_lm import DecoderLM
@@ -205,15 +205,8 @@ BLOCK = N * WIDE * 4  # bytes of one head's logits
 
 
 def peak(run: Callable[[], object]) -> float:
-    """Largest sum of allocations alive at once while `run` runs, in blocks of logits."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most / BLOCK
+    """In blocks of logits."""
+    return peak_bytes(run) / BLOCK
 
 
 def step(count: int, joint: bool) -> Callable[[], object]:
