@@ -131,7 +131,8 @@ def policies(it: PretrainedSpeech) -> dict[str, ExitPolicy]:
             it.encoder, config.exits, *it.reader.inputs(waves()), made(math.inf), options
         )
         first = [next(t.score for t in row.trail if t.score is not None) for row in ran]
-        found[rule] = made((min(first) + max(first)) / 2)
+        middle = (min(first) + max(first)) / 2
+        found[rule] = made(-middle if rule == "entropy" else middle)  # its score is minus that
     budget = Budget(shape_trail_macs(config.shape, it.reader.num_inputs(5_000), (2, 4)), cost)
     return {**found, "budget": budget, "any": AnyOf((budget, found["confidence"]))}
 
