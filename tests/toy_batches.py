@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 import toy_encoder
 from offramp.train.ctc import SpeechBatch
+from offramp.train.speech_lm import SpeechLMTask
+from offramp.train.transducer import TransducerTask
 
 
 def speech(seed: int, lengths: tuple[int, ...], vocab_size: int) -> SpeechBatch:
@@ -38,3 +41,14 @@ class Fixed:
 
     def batch(self, step: int, shard: int, num_shards: int) -> SpeechBatch:
         return self._batch
+
+
+def gradient(of: SpeechLMTask | TransducerTask, part: str = "") -> Tensor:
+    """All gradients of `part` as one vector, and none left behind."""
+    found = [
+        (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+        for name, p in of.model.named_parameters()
+        if name.startswith(part)
+    ]
+    of.model.zero_grad()
+    return torch.cat(found)

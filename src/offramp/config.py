@@ -422,6 +422,13 @@ def check_range(least: float, below: float = math.inf, **values: Any) -> None:
             )
 
 
+def check_share(**values: Any) -> None:
+    """ConfigError, by name, unless all `values` are numbers from 0 to 1."""
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:  # not so for NaN
+            raise ConfigError(f"{name} is {value}; it must lie between 0 and 1")
+
+
 def _is_finite(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max  # not so for NaN

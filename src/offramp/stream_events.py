@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -92,5 +92,9 @@ class Latency:
         found = [event.latency_ms for event in events if isinstance(event, Partial)]
         if not found:
             return cls(None, None, None)
-        p90 = sorted(found)[math.ceil(0.9 * len(found)) - 1]
-        return cls(found[0], statistics.median(found), p90)
+        return cls(found[0], statistics.median(found), ninetieth(found))
+
+
+def ninetieth(values: Sequence[float]) -> float:
+    """The least of `values` that nine in ten of them do not exceed."""
+    return sorted(values)[math.ceil(0.9 * len(values)) - 1]

@@ -17,7 +17,7 @@ from offramp.models.speech_lm import SpeechLM
 from offramp.train.ctc import SpeechBatch
 from offramp.train.mwer import MWERTask, MWERTraining, mwer_loss, text_scores
 from offramp.train.speech_lm import SpeechLMTask, SpeechLMTraining
-from toy_batches import Batches, Fixed
+from toy_batches import Batches, Fixed, gradient
 
 LENGTHS = (61, 30, 46)
 V, EOS = toy_speech_lm.V, toy_speech_lm.EOS_ID
@@ -37,15 +37,6 @@ def task(**settings: Any) -> MWERTask:
 def the_model(of: SpeechLMTask) -> SpeechLM:
     assert isinstance(of.model, SpeechLM)
     return of.model
-
-
-def gradient(of: SpeechLMTask) -> Tensor:
-    """All gradients as one vector, and none left behind."""
-    found = [
-        (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in of.model.parameters()
-    ]
-    of.model.zero_grad()
-    return torch.cat(found)
 
 
 # -- the loss -----------------------------------------------------------------------------------

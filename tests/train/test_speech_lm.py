@@ -29,7 +29,7 @@ from offramp.train.loop import StepDone, TrainConfig, train
 from offramp.train.multi_token import multi_token_loss
 from offramp.train.speech_lm import SpeechLMTask, SpeechLMTraining, next_tokens
 from thinned import thinned
-from toy_batches import Batches, Fixed
+from toy_batches import Batches, Fixed, gradient
 
 LENGTHS = (61, 30, 46, 53)
 V, EOS = toy_speech_lm.V, toy_speech_lm.EOS_ID
@@ -50,17 +50,6 @@ def task(training: SpeechLMTraining | None = None, **options: Any) -> SpeechLMTa
         model.double()
     batches = options.pop("batches", BATCHES)
     return SpeechLMTask(model, batches, training or SpeechLMTraining(), seed=5, **options)
-
-
-def gradient(of: SpeechLMTask, part: str = "") -> Tensor:
-    """All gradients of `part` as one vector, and none left behind."""
-    found = [
-        (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-        for name, p in of.model.named_parameters()
-        if name.startswith(part)
-    ]
-    of.model.zero_grad()
-    return torch.cat(found)
 
 
 def the_model(of: SpeechLMTask) -> SpeechLM:

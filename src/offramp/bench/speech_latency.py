@@ -7,7 +7,6 @@ recogniser finds it by forced alignment of the reference text: right to about a 
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from offramp.decoding.ctc import aligned, words
 from offramp.errors import InputError
 from offramp.recognizer import Recognizer
 from offramp.results import Word
-from offramp.stream_events import Endpoint, Event, Final, Partial
+from offramp.stream_events import Endpoint, Event, Final, Partial, ninetieth
 from offramp.tokenizer import TextTokenizer
 
 ALIGNER = "asr-tiny"
@@ -100,8 +99,7 @@ class SpeechLatency:
         first = statistics.median(firsts) if firsts else None
         if not waits:
             return cls(first, None, None, 0)
-        p90 = sorted(waits)[math.ceil(0.9 * len(waits)) - 1]
-        return cls(first, statistics.median(waits), p90, len(waits))
+        return cls(first, statistics.median(waits), ninetieth(waits), len(waits))
 
 
 def _waits_ms(events: Sequence[Event], spoken: Sequence[Word]) -> list[float]:

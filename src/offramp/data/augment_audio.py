@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from offramp.audio.io import SAMPLE_RATE
-from offramp.config import check_counts, check_positive
+from offramp.config import check_counts, check_positive, check_share
 from offramp.errors import ConfigError, InputError
 
 # -- one at a time ---------------------------------------------------------------------------
@@ -166,9 +166,8 @@ class AudioAugmentation:
     p_clip: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("p_speed", "p_reverberation", "p_noise", "p_telephone", "p_volume", "p_clip"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        shares = ("p_speed", "p_reverberation", "p_noise", "p_telephone", "p_volume", "p_clip")
+        check_share(**{name: getattr(self, name) for name in shares})
         for name in ("speed", "rt60_s", "direct_db", "snr_db", "gain_db"):
             value = getattr(self, name)
             if len(value) != 2 or not -math.inf < value[0] <= value[1] < math.inf:

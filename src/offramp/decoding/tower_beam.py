@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from offramp.config import check_counts
+from offramp.decoding.ragged import upload_padded
 from offramp.errors import InputError
 from offramp.nn.cache import KVCache
 from offramp.nn.device import upload
@@ -185,9 +186,7 @@ class TextRows:
         if not first:
             self._cache.truncate([self._start + common for _, common in sources])
         new = [text[common:] for text, (_, common) in zip(texts, sources, strict=True)]
-        width = max(map(len, new))
-        padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in new]
-        h = self._tower.embed(upload(padded, self._tower.device))
+        h = self._tower.embed(upload_padded(new, self._tower.device))
         if first:
             h = torch.cat((self._head.expand(len(texts), -1, -1), h), dim=1)
         h = self._tower.run(h, 0, self._tower.config.num_layers, self._cache)

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offramp.decoding.ctc_draft import edit_distances
 from offramp.decoding.tower_beam import (
     Continuations,
     TextHypothesis,
@@ -129,11 +130,8 @@ class CTCTails:
         while text[:known] not in self._distances:
             known -= 1
         for n in range(known, len(text)):
-            above, token = self._distances[text[:n]], text[n]
-            row = [n + 1]
-            for i, other in enumerate(self._tokens, 1):
-                row.append(min(above[i] + 1, row[-1] + 1, above[i - 1] + (token != other)))
-            self._distances[text[: n + 1]] = row
+            above = self._distances[text[:n]]
+            self._distances[text[: n + 1]] = edit_distances(self._tokens, above, text[n])
         return self._distances[text]
 
 

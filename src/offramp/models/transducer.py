@@ -267,10 +267,9 @@ class EmformerEncoder(nn.Module):
         """
         cfg, S, history = self.config, chunking.chunk, self.config.history
         first = 0 if stream is None else stream.chunks
-        if stream is None:
-            features = F.pad(features, (0, 0, history, 0))
+        before = history if stream is None else 0
         wanted = history + (count * S + chunking.right_context) * cfg.time_reduction
-        features = F.pad(features[:, :wanted], (0, 0, 0, max(0, wanted - features.shape[1])))
+        features = F.pad(features, (0, 0, before, wanted - before - features.shape[1]))  # or cut
         at = torch.arange(-history, wanted - history, device=features.device)
         real = (at < lengths[:, None]) & ((at >= 0) | (first > 0))
         features = self.feature_norm(features.to(self.dtype))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.config import check_choice, check_range
+from offramp.config import check_choice, check_range, check_share
 from offramp.decoding.ctc import greedy
 from offramp.decoding.exit_policies import edit_distance
 from offramp.errors import ConfigError, DataError
@@ -115,8 +115,7 @@ class CTCTraining:
             dropout_schedule=(self.dropout_schedule, TIME_SCHEDULES),
             autocast=(self.autocast, ("bf16", "none")),
         )
-        if not 0.0 <= self.distill <= 1.0:
-            raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")
+        check_share(distill=self.distill)
         if self.consistency and self.augment is None:
             raise ConfigError(
                 f"consistency is {self.consistency}, which compares two maskings, and augment is "
@@ -304,9 +303,8 @@ class CTCTask:
             time = time_factor(step, self.total_steps, cfg.dropout_schedule)
             rows = cfg.num_views * len(batch.targets)
             survivors = draw_survivors(L, rows, cfg.p_max, time, self.seed, step)
-        bf16 = cfg.autocast == "bf16"
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16)
-        with seeded(device, self.seed, step, shard) as generator, autocast:
+        precision = autocast(device, cfg.autocast)
+        with seeded(device, self.seed, step, shard) as generator, precision:
             features, lengths = cfg.views(batch, generator)
             features, lengths = features.to(device), lengths.to(device)
             return forward_exits(self._encoder, features, lengths, exits, survivors)
@@ -374,8 +372,7 @@ class CTCTask:
     def _errors(self, log_probs: Tensor, lengths: Tensor, batch: SpeechBatch) -> int:
         """Tokens to insert, drop or replace in what one exit writes greedily."""
         found = greedy(log_probs, lengths, self._encoder.config.blank_id)
-        pairs = zip(found, batch.targets, strict=True)
-        return sum(edit_distance(hypothesis.tokens, text) for hypothesis, text in pairs)
+        return token_edits([hypothesis.tokens for hypothesis in found], batch.targets)
 
 
 class LeftOutWarning:
@@ -408,3 +405,14 @@ def seeded(device: torch.device, seed: int, step: int, shard: int) -> Iterator[t
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(dropout)
         yield torch.Generator().manual_seed(own)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision as a training's settings name it: "bf16" or "none"."""
+    bf16 = precision == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16)
+
+
+def token_edits(written: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> int:
+    """Tokens to insert, drop or replace."""
+    return sum(edit_distance(ours, text) for ours, text in zip(written, said, strict=True))

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from offramp.config import check_choice, check_range
+from offramp.config import check_choice, check_range, check_share
 from offramp.data.batching import IGNORE, TokenBatches
-from offramp.errors import ConfigError
 from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.layer_dropout import TIME_SCHEDULES, draw_survivors, run_survivors, time_factor
 from offramp.train.losses import ExitHead, early_exit_backward
@@ -42,8 +41,7 @@ class LayerSkipConfig:
         check_range(0, 1, p_max=self.p_max)
         check_range(0, early_exit_scale=self.early_exit_scale)
         check_choice(dropout_schedule=(self.dropout_schedule, TIME_SCHEDULES))
-        if not 0.0 <= self.distill <= 1.0:
-            raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")
+        check_share(distill=self.distill)
 
 
 def forward_exits(

@@ -30,7 +30,15 @@ from offramp.train.loop import (
     train,
 )
 from offramp.train.speech_data import SpeechData, ctc_tokenizer
-from offramp.train.trainee import Continued, Pretrained, Trainee, attached, ours, ours_from
+from offramp.train.trainee import (
+    Continued,
+    Pretrained,
+    Trainee,
+    attached,
+    ours,
+    ours_from,
+    start_folder,
+)
 from offramp.train.transducer import (
     TransducerReader,
     TransducerTask,
@@ -91,9 +99,9 @@ class SpeechRecipe(SpeechData):
             return ours(encoder.to(device), tokenizer)
         wanted = self.encoder
         if isinstance(wanted, str):
-            folder = _start_folder(wanted, "encoder")
+            folder = start_folder(wanted, "encoder")
         else:
-            folder = _start_folder(wanted.folder, "encoder.folder")
+            folder = start_folder(wanted.folder, "encoder.folder")
         if is_pretrained(folder) and not isinstance(wanted, Continued):
             other = Pretrained(wanted) if isinstance(wanted, str) else wanted
             return attached(folder, other, device)
@@ -148,7 +156,7 @@ class TransducerRecipe(SpeechData):
             model = Transducer(self.model)
             model.init_weights(self.train.seed)
             return model.to(device), ctc_tokenizer(self.model.vocab_size), None
-        folder = _start_folder(self.model, "model")
+        folder = start_folder(self.model, "model")
         model = load_transducer(folder, device).requires_grad_(True).train()
         tokenizer = TextTokenizer.load(folder / "tokenizer.json")
         return model, tokenizer, hub.weights_sha256(folder)
@@ -162,7 +170,7 @@ class TransducerRecipe(SpeechData):
         """
         if self.teacher is None:
             return None, None
-        folder = _start_folder(self.teacher, "teacher")
+        folder = start_folder(self.teacher, "teacher")
         teacher = load_encoder(folder, device)
         if TextTokenizer.load(folder / "tokenizer.json").to_json() != tokenizer.to_json():
             raise CheckpointError(
@@ -170,12 +178,3 @@ class TransducerRecipe(SpeechData):
                 "from a checkpoint that has the teacher's, or take another teacher"
             )
         return teacher, hub.weights_sha256(folder)
-
-
-def _start_folder(name: str, setting: str) -> Path:
-    """Of a checkpoint that a recipe needs, which is `name` in its `setting`."""
-    return hub.resolve(
-        name,
-        "the recipe needs it: train the recipe that makes it first (this one's file says "
-        f"which), or give another with --set {setting}=FOLDER",
-    )

@@ -19,7 +19,6 @@ from offramp.config import check_choice, check_range
 from offramp.data.batching import IGNORE
 from offramp.decoding.ctc import greedy
 from offramp.decoding.drafts import Draft, NoDraft
-from offramp.decoding.exit_policies import edit_distance
 from offramp.decoding.heads_draft import HeadsDraft
 from offramp.decoding.sampling import Chooser, Sampling
 from offramp.decoding.speculative import speculate
@@ -32,9 +31,11 @@ from offramp.train.ctc import (
     LeftOutWarning,
     SpeechBatch,
     SpeechBatches,
+    autocast,
     ctc_nll,
     feasible,
     seeded,
+    token_edits,
 )
 from offramp.train.multi_token import multi_token_backward, multi_token_sums
 
@@ -175,10 +176,7 @@ class SpeechLMTask:
         return self._speech_lm.config.decoder.eos_ids[0]
 
     def _autocast(self) -> torch.autocast:
-        bf16 = self.training.autocast == "bf16"
-        return torch.autocast(
-            self._speech_lm.device.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16
-        )
+        return autocast(self._speech_lm.device, self.training.autocast)
 
     def _hear(self, batch: SpeechBatch, generator: torch.Generator | None) -> Heard:
         """generator: of what is random in training; None: nothing is."""
@@ -254,7 +252,7 @@ class SpeechLMTask:
             calls += 1  # one for each row that takes part
         texts = [[t for t in row if t not in cfg.eos_ids] for row in written]
         return {
-            "token_error_rate": (_edits(texts, said), sum(map(len, said))),
+            "token_error_rate": (token_edits(texts, said), sum(map(len, said))),
             "mean_accepted_length": (sum(map(len, written)), calls),
         }
 
@@ -275,13 +273,8 @@ class SpeechLMTask:
         return {
             "loss_ctc": (float(nll.sum()), sum(len(said[row]) for row in kept)),
             "token_error_rate_ctc": (
-                _edits([w.tokens for w in written], said),
+                token_edits([w.tokens for w in written], said),
                 sum(map(len, said)),
             ),
             "infeasible": (len(said) - len(kept), 0),
         }
-
-
-def _edits(written: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> int:
-    """Tokens to insert, drop or replace."""
-    return sum(edit_distance(ours, text) for ours, text in zip(written, said, strict=True))

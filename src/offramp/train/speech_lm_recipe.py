@@ -33,6 +33,7 @@ from offramp.train.loop import TrainConfig, TrainEvent, is_first_process, proces
 from offramp.train.mwer import MWERTask, MWERTraining
 from offramp.train.speech_data import SpeechData
 from offramp.train.speech_lm import SpeechLMTask, SpeechLMTraining
+from offramp.train.trainee import start_folder
 
 
 @dataclass(frozen=True)
@@ -121,22 +122,22 @@ class SpeechLMRecipe(SpeechData):
         """(the model, sha256 of the weights that it starts from)."""
         wanted, seed = self.model, self.train.seed
         if isinstance(wanted, NewDecoder):
-            folders = [_folder(wanted.encoder, "model.encoder")]
+            folders = [start_folder(wanted.encoder, "model.encoder")]
             if isinstance(wanted.decoder, str):
-                folders.append(_folder(wanted.decoder, "model.decoder"))
+                folders.append(start_folder(wanted.decoder, "model.decoder"))
             start = new_decoder(wanted, folders[0], seed, device)
             return start, [hub.weights_sha256(f) for f in folders]
         if isinstance(wanted, SpeechLMParts):
             folders = [
-                _folder(wanted.encoder, "model.encoder"),
-                _folder(wanted.decoder, "model.decoder"),
+                start_folder(wanted.encoder, "model.encoder"),
+                start_folder(wanted.decoder, "model.decoder"),
             ]
             return join_speech_lm(wanted, seed, device), [hub.weights_sha256(f) for f in folders]
         if isinstance(wanted, str):
-            folder = _folder(wanted, "model")
+            folder = start_folder(wanted, "model")
             start = load_speech_lm(folder, device)
         else:
-            folder = _folder(wanted.folder, "model.folder")
+            folder = start_folder(wanted.folder, "model.folder")
             start = with_heads(load_speech_lm(folder, device), wanted.heads)
         parts = [part for part in (folder, folder / ENCODER) if part.is_dir()]
         return start, [hub.weights_sha256(part) for part in parts]
@@ -179,7 +180,7 @@ def _decoder(
         made = DecoderLM(wanted)
         made.init_weights(seed)
         return made
-    folder = _folder(wanted, "model.decoder")
+    folder = start_folder(wanted, "model.decoder")
     made = load_decoder(folder)
     theirs = TextTokenizer.load(folder / "tokenizer.json")
     if theirs.to_json() != tokenizer.to_json():
@@ -198,12 +199,3 @@ def with_heads(start: SpeechLMCheckpoint, heads: HeadsConfig) -> SpeechLMCheckpo
     model = SpeechLM(config, old.prompt, old.encoder, old.decoder)
     model.projector.load_state_dict(old.projector.state_dict())
     return replace(start, model=model.to(old.device))
-
-
-def _folder(name: str, setting: str) -> Path:
-    """Of a checkpoint that the recipe needs, which is `name` in its `setting`."""
-    return hub.resolve(
-        name,
-        "the recipe needs it: train the recipe that makes it first (this one's file says "
-        f"which), or give another with --set {setting}=FOLDER",
-    )

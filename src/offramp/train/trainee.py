@@ -19,7 +19,7 @@ from offramp.audio.reader import LogMelReader, Reader
 from offramp.models.ctc import CTCEncoder
 from offramp.models.ctc_checkpoint import load_encoder, save_encoder
 from offramp.models.hf_checkpoint import PretrainedSpeech
-from offramp.models.hub import weights_sha256
+from offramp.models.hub import resolve, weights_sha256
 from offramp.tokenizer import TextTokenizer
 from offramp.train.ctc import ExitEncoder
 
@@ -115,3 +115,12 @@ def attached(folder: Path, wanted: Pretrained, device: torch.device) -> Trainee:
     speech.encoder.train().freeze_base(wanted.freeze)
     vocabulary = json.dumps(speech.reader.pieces)
     return Trainee(speech.encoder, speech.reader, weights_sha256(folder), vocabulary, speech.save)
+
+
+def start_folder(name: str, setting: str) -> Path:
+    """Of a checkpoint that a recipe needs, which is `name` in its `setting`."""
+    return resolve(
+        name,
+        "the recipe needs it: train the recipe that makes it first (this one's file says "
+        f"which), or give another with --set {setting}=FOLDER",
+    )

@@ -23,9 +23,9 @@ from offramp.config import (
     check_choice,
     check_counts,
     check_range,
+    check_share,
 )
 from offramp.decoding.ctc import greedy
-from offramp.decoding.exit_policies import edit_distance
 from offramp.decoding.transducer import TransducerSearch
 from offramp.errors import ConfigError, DataError
 from offramp.models.ctc import CTCEncoder
@@ -36,11 +36,13 @@ from offramp.train.ctc import (
     LeftOutWarning,
     SpeechBatch,
     SpeechBatches,
+    autocast,
     ctc_nll,
     divergence,
     feasible,
     forward_exits,
     seeded,
+    token_edits,
 )
 from offramp.train.transducer_loss import (
     Lattice,
@@ -96,8 +98,7 @@ class TransducerTraining:
         check_counts(0, window=self.window, ramp_steps=self.ramp_steps)
         check_range(0, simple=self.simple, ctc=self.ctc, fastemit=self.fastemit)
         check_choice(autocast=(self.autocast, ("bf16", "none")))
-        if not 0.0 <= self.distill <= 1.0:
-            raise ConfigError(f"distill is {self.distill}; it must lie between 0 and 1")
+        check_share(distill=self.distill)
         if self.distill and not self.ctc:
             raise ConfigError(
                 f"distill is {self.distill}, of what the CTC head learns, and ctc is 0; give ctc a "
@@ -313,10 +314,7 @@ class TransducerTask:
         }
 
     def _autocast(self) -> torch.autocast:
-        bf16 = self.training.autocast == "bf16"
-        return torch.autocast(
-            self._transducer.device.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16
-        )
+        return autocast(self._transducer.device, self.training.autocast)
 
     def _chunking(self, step: int, batch: SpeechBatch) -> Chunking:
         """The step's; not a function of the shard, or some processes would wait for others."""
@@ -402,12 +400,12 @@ class TransducerTask:
             "targets": sum(map(len, said)),
             "infeasible": heard.infeasible,
             "loss": float(_exact_nll(model, heard).sum()) if heard.targets else 0.0,
-            "token_error_rate": _edits(self._search(encoded, frames), said),
+            "token_error_rate": token_edits(self._search(encoded, frames), said),
         }
         if model.ctc_head is not None:
             written = greedy(model.ctc_log_probs(encoded), frames, model.config.blank_id)
             found["loss_ctc"] = float(self._ctc_nll(heard).sum()) if heard.targets else 0.0
-            found["token_error_rate_ctc"] = _edits([h.tokens for h in written], said)
+            found["token_error_rate_ctc"] = token_edits([h.tokens for h in written], said)
         return found
 
     def _search(self, encoded: Tensor, frames: Tensor) -> list[tuple[int, ...]]:
@@ -426,8 +424,3 @@ def _check_teacher(teacher: EncoderConfig, student: TransducerConfig) -> None:
     for name, their, our in zip(names, theirs, ours, strict=True):
         if their != our:
             raise ConfigError(f"{name}: the teacher has {their}, the model {our}; they must agree")
-
-
-def _edits(written: Sequence[Sequence[int]], said: Sequence[Sequence[int]]) -> int:
-    """Tokens to insert, drop or replace."""
-    return sum(edit_distance(ours, text) for ours, text in zip(written, said, strict=True))
