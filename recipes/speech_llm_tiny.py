@@ -48,6 +48,8 @@ recipe = SpeechLMRecipe(
     batch_seconds=60.0,
     training=SpeechLMTraining(
         ctc=0.3,
+        decoder_exits=(2, 3, 4),
+        token_noise=0.1,
         augment=SpecAugment(max_channels=12, time_masks=4),
         autocast="bf16",
     ),
@@ -59,7 +61,7 @@ recipe = SpeechLMRecipe(
         "common_voice_en_100",
     ),
     train=TrainConfig(
-        steps=6000,
+        steps=5000,
         lr=1e-3,
         warmup_steps=200,
         optimizer="muon",

@@ -22,12 +22,12 @@ from offramp.decoding.exit_policies import edit_distance
 from offramp.decoding.sampling import Chooser, Sampling
 from offramp.decoding.stopping import RowEnd, Stop
 from offramp.errors import ConfigError
-from offramp.models.speech_lm import SpeechLM
+from offramp.models.speech_lm import Heard, SpeechLM
 from offramp.train.augment import SpecAugment
 from offramp.train.ctc import SpeechBatch
 from offramp.train.loop import StepDone, TrainConfig, train
 from offramp.train.multi_token import multi_token_loss
-from offramp.train.speech_lm import SpeechLMTask, SpeechLMTraining, next_tokens
+from offramp.train.speech_lm import SpeechLMTask, SpeechLMTraining, next_tokens, noisy
 from thinned import thinned
 from toy_batches import Batches, Fixed, gradient
 
@@ -60,7 +60,9 @@ def the_model(of: SpeechLMTask) -> SpeechLM:
 # -- one step ----------------------------------------------------------------------------------
 
 
-def by_utterance(model: SpeechLM, batch: SpeechBatch) -> tuple[Tensor, Tensor]:
+def by_utterance(
+    model: SpeechLM, batch: SpeechBatch, decoder_exit: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(the decoder's and its heads' loss, CTC's at all exits together), each utterance alone."""
     total, ctc = torch.zeros(()), torch.zeros(())
     for x, n, text in zip(batch.features, batch.lengths, batch.targets, strict=True):
@@ -68,6 +70,10 @@ def by_utterance(model: SpeechLM, batch: SpeechBatch) -> tuple[Tensor, Tensor]:
         hidden = model.read(heard, [text])
         targets = torch.tensor([[*text, EOS]])
         total = total + multi_token_loss(model.decoder, model.heads, hidden, targets, WEIGHTS)
+        if decoder_exit:
+            early = model.read_exits(heard, [text], (decoder_exit,))[decoder_exit]
+            logits = model.decoder.logits(early, decoder_exit)[0]
+            total = total + 0.3 * F.cross_entropy(logits, targets[0], reduction="sum")
         for log_probs in heard.exits.values():
             sizes = heard.frames, torch.tensor([len(text)])
             ctc = ctc + F.ctc_loss(
@@ -93,6 +99,55 @@ def test_a_step_adds_the_gradient_of_the_mean_loss_per_token(changes: dict[str, 
     )
     assert (sums["targets"], sums["tokens"], sums["infeasible"]) == (12, 190, 0)
     assert sums["audio_s"] == 1.9
+
+
+def test_exits_of_the_decoder_learn_with_their_weight() -> None:
+    training = SpeechLMTraining(WEIGHTS, ctc=0.6, decoder_exits=(1,), early_exit_scale=0.3)
+    it = task(training, double=True)
+    sums = it.backward(3, 0, 1)
+    ours = gradient(it)
+    total, ctc = by_utterance(the_model(it), BATCHES.batch(3, 0, 1), 1)
+    ((total + 0.6 * ctc / 3) / 12).backward()
+    torch.testing.assert_close(ours, gradient(it), rtol=1e-4, atol=1e-7)
+    nats = [sums["loss"], *(sums[f"loss_head_{k}"] for k in (2, 3, 4))]
+    weighted = sum(w * n for w, n in zip(WEIGHTS, nats, strict=True))
+    weighted += 0.3 * sums["loss_decoder_exit_1"]
+    assert weighted == pytest.approx(float(total.detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize("exit_layer", [0, 5])
+def test_exits_that_the_decoder_does_not_have_are_refused(exit_layer: int) -> None:
+    with pytest.raises(ConfigError, match="the decoder has 5 layers; give exits from 1 to 4"):
+        task(SpeechLMTraining(decoder_exits=(exit_layer,)))
+
+
+def test_noise_replaces_the_share_of_tokens_that_is_asked_for() -> None:
+    text, generator = list(range(1000)), torch.Generator().manual_seed(0)
+    assert noisy(text, 0.0, 5, generator) == text and noisy([], 0.5, 5, generator) == []
+    other = noisy(text, 0.2, 5, generator)
+    changed = [(a, b) for a, b in zip(text, other, strict=True) if a != b]
+    assert 150 < len(changed) < 250 and {b for _, b in changed} == set(range(5))
+
+
+def test_noisy_text_is_read_and_the_text_that_was_said_is_written() -> None:
+    batch = BATCHES.batch(3, 0, 1)
+    it = task(SpeechLMTraining(ctc=0.0, token_noise=1.0), changes={"heads": None}, double=True)
+    model, read = the_model(it), []
+    exits = model.read_exits
+
+    def reading(heard: Heard, texts: list[list[int]], at: set[int]) -> dict[int, Tensor]:
+        read.append(texts)
+        return exits(heard, texts, at)
+
+    model.read_exits = reading  # type: ignore[method-assign,assignment]
+    ours = it.backward(3, 0, 1)["loss"]
+    (texts,) = read
+    assert texts != batch.targets and [*map(len, texts)] == [*map(len, batch.targets)]
+    hidden = model.read(model.hear(batch.features.double(), batch.lengths, ()), texts)
+    logits = model.decoder.logits(hidden, model.config.decoder.num_layers)
+    goal = next_tokens(batch.targets, EOS, model.device)
+    nats = F.cross_entropy(logits.transpose(1, 2), goal, ignore_index=IGNORE, reduction="sum")
+    assert ours == pytest.approx(float(nats.detach()), rel=1e-6)
 
 
 def test_a_model_without_heads_or_drafting_learns_to_write() -> None:

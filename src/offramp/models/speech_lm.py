@@ -10,7 +10,7 @@ given, and neither knows of the other; a cache is the decoder's alone.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -190,6 +190,13 @@ class SpeechLM(nn.Module):
         Position t is to predict token t of the text, the last one its end. InputError: an utterance
         and its text are too long for the decoder.
         """
+        last = self.config.decoder.num_layers
+        return self.read_exits(heard, texts, (last,))[last]
+
+    def read_exits(
+        self, heard: Heard, texts: Sequence[Sequence[int]], exits: Collection[int]
+    ) -> dict[int, Tensor]:
+        """Exit -> what `read` gives, as it is after so many layers of the decoder."""
         prefixes = self.prefixes(heard)
         counts = [len(text) + 1 for text in texts]
         self._check_texts(prefixes, counts)
@@ -197,12 +204,14 @@ class SpeechLM(nn.Module):
         embedded = torch.split(tokens, counts)
         rows = [torch.cat(pair) for pair in zip(prefixes, embedded, strict=True)]
         h = pad_sequence(rows, batch_first=True)
-        view = self.decoder.view(h.shape[1])
-        for index in range(self.config.decoder.num_layers):
-            h = self.decoder.layer(index, h, view)
-        starts = map(len, prefixes)
-        spans = zip(h, starts, counts, strict=True)
-        return pad_sequence([row[at : at + n] for row, at, n in spans], batch_first=True)
+        view, found = self.decoder.view(h.shape[1]), {}
+        for layer in range(1, max(exits) + 1):
+            h = self.decoder.layer(layer - 1, h, view)
+            if layer in exits:
+                spans = zip(h, map(len, prefixes), counts, strict=True)
+                read = [row[at : at + n] for row, at, n in spans]
+                found[layer] = pad_sequence(read, batch_first=True)
+        return found
 
     # -- parts -------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Training a Speech-LM, whole or in parts, for `train/loop.py`.
 
 The decoder learns to write the text after the audio, its heads the tokens after the next one
-(train/multi_token.py), and the encoder's CTC, which is to draft, the same tokens at every exit.
+(train/multi_token.py), and the encoder's CTC, which is to draft, the same tokens at every exit;
+exits of the decoder that are to draft learn what its last layer does (LayerSkip, arXiv 2404.16710).
 What is frozen neither learns nor drops out: with all but the heads frozen, what the model writes
 cannot change. Everything random is a function of (seed, step, shard).
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from offramp.config import check_choice, check_range
+from offramp.config import check_choice, check_range, check_share
 from offramp.data.batching import IGNORE
 from offramp.decoding.ctc import greedy
 from offramp.decoding.drafts import Draft, NoDraft
@@ -26,6 +27,7 @@ from offramp.decoding.stopping import RowEnd, Stop
 from offramp.errors import ConfigError
 from offramp.models.hf_ctc import PretrainedCTCEncoder
 from offramp.models.speech_lm import Heard, SpeechLM
+from offramp.nn.tower import TruncatedTower
 from offramp.train.augment import SpecAugment
 from offramp.train.ctc import (
     LeftOutWarning,
@@ -47,12 +49,18 @@ class SpeechLMTraining:
     """The settings of the method.
 
     head_weights: of heads 1 to K; empty: 1 for each. ctc: weight of CTC, the mean over the
-    encoder's exits, beside the decoder's 1. freeze: parts, of `PARTS`, that stay as they are.
+    encoder's exits, beside the decoder's 1. decoder_exits: early exits of the decoder that learn
+    too, each with weight early_exit_scale. token_noise: share of the text read that is replaced by
+    random tokens, so that the decoder listens, and goes on after mistakes of its own; what it is to
+    write stays. freeze: parts, of `PARTS`, that stay as they are.
     augment: SpecAugment, or None. autocast: "bf16" for mixed precision, or "none".
     """
 
     head_weights: tuple[float, ...] = ()
     ctc: float = 0.3
+    decoder_exits: tuple[int, ...] = ()
+    early_exit_scale: float = 0.1
+    token_noise: float = 0.0
     freeze: tuple[str, ...] = ()
     augment: SpecAugment | None = None
     autocast: str = "none"
@@ -60,8 +68,9 @@ class SpeechLMTraining:
     def __post_init__(self) -> None:
         for weight in self.head_weights:
             check_range(0, head_weights=weight)
-        check_range(0, ctc=self.ctc)
+        check_range(0, ctc=self.ctc, early_exit_scale=self.early_exit_scale)
         check_choice(autocast=(self.autocast, ("bf16", "none")))
+        check_share(token_noise=self.token_noise)
         for part in self.freeze:
             check_choice(freeze=(part, PARTS))
         if self.ctc and "encoder" in self.freeze:
@@ -79,6 +88,13 @@ class SpeechLMTraining:
                 f"head_weights are {len(weights)} for {count} heads; give each one, the decoder's "
                 "own first"
             )
+        layers = model.config.decoder.num_layers
+        for exit_layer in self.decoder_exits:
+            if not 1 <= exit_layer < layers:
+                raise ConfigError(
+                    f"decoder_exits are {self.decoder_exits}, and the decoder has {layers} layers; "
+                    f"give exits from 1 to {layers - 1}"
+                )
         parts = [part for part in PARTS if part != "heads" or model.heads is not None]
         if not set(parts) - set(self.freeze):
             raise ConfigError(f"freeze names all that the model has, {', '.join(parts)}")
@@ -103,6 +119,17 @@ def next_tokens(texts: Sequence[Sequence[int]], eos: int, device: torch.device) 
     """
     rows = [torch.tensor([*text, eos], device=device) for text in texts]
     return pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+
+
+def noisy(
+    text: Sequence[int], share: float, num_tokens: int, generator: torch.Generator
+) -> list[int]:
+    """`text` with about that share of its tokens replaced by any others; whole for share 0."""
+    if not share:
+        return list(text)
+    replaced = torch.rand(len(text), generator=generator) < share
+    other = torch.randint(num_tokens, (len(text),), generator=generator)
+    return torch.where(replaced, other, torch.tensor(text, dtype=torch.long)).tolist()
 
 
 class SpeechLMTask:
@@ -133,9 +160,9 @@ class SpeechLMTask:
         """Add shard `shard`'s share of step `step`'s gradient; returns sums over its utterances.
 
         loss: nats of the texts and their ends; loss_head_k: of what head k is to predict of them;
-        loss_exit_k: of CTC at exit k, if it takes part; all over `targets` tokens, ends not
-        counted. infeasible: utterances with more tokens than frames, which CTC leaves out. tokens:
-        feature frames.
+        loss_decoder_exit_k: of the decoder's exit k; loss_exit_k: of CTC at exit k; all over
+        `targets` tokens, ends not counted. infeasible: utterances with more tokens than frames,
+        which CTC leaves out. tokens: feature frames.
         """
         batch = self.batches.batch(step, shard, num_shards)
         model, cfg = self._speech_lm, self.training
@@ -143,32 +170,54 @@ class SpeechLMTask:
         scale = 1.0 / max(1, num_targets if batch.total_targets is None else batch.total_targets)
         with seeded(model.device, self.seed, step, shard) as generator, self._autocast():
             heard = self._hear(batch, generator)
-            hidden = model.read(heard, batch.targets)
-            targets = next_tokens(batch.targets, self._eos, model.device)
-            # Head by head into a copy of `hidden`: then once through all that lies below.
-            heads, gradient = multi_token_backward(
-                model.decoder, model.heads, hidden, targets, self._weights, scale
-            )
+            nats, below = self._texts_backward(heard, batch.targets, generator, scale)
             ctc = self._ctc_nll(heard, batch) if cfg.ctc else {}
-        learned, gradients = ([], []) if gradient is None else ([hidden], [gradient])
         if ctc:
             mean = torch.stack([nll.sum() for nll in ctc.values()]).mean()
-            learned.append(cfg.ctc * scale * mean)
-            gradients.append(torch.ones_like(mean))
-        if learned:
-            torch.autograd.backward(learned, gradients)
+            below.append((cfg.ctc * scale * mean, torch.ones_like(mean)))
+        if below:
+            torch.autograd.backward([found for found, _ in below], [grad for _, grad in below])
         infeasible = len(batch.targets) - len(feasible(heard.frames, batch.targets))
         if infeasible and cfg.ctc:
             self._warn(step, infeasible)
         return {
-            "loss": heads[0].nats,
+            **nats,
             "targets": num_targets,
             "tokens": int(batch.lengths.sum()),
             "audio_s": batch.audio_seconds,
             "infeasible": infeasible,
-            **{f"loss_head_{k}": head.nats for k, head in enumerate(heads[1:], 2)},
             **{f"loss_exit_{e}": float(nll.detach().sum()) for e, nll in ctc.items()},
         }
+
+    def _texts_backward(
+        self,
+        heard: Heard,
+        texts: Sequence[Sequence[int]],
+        generator: torch.Generator,
+        scale: float,
+    ) -> tuple[dict[str, float], list[tuple[Tensor, Tensor]]]:
+        """Add the gradient of the heads and exits above the states that the decoder reads.
+
+        Returns (nats by name, each of these states with its gradient). They are copies, head by
+        head: all that lies below is then passed once.
+        """
+        model, cfg = self._speech_lm, self.training
+        decoder, last = model.decoder, model.config.decoder.num_layers
+        tokens = model.config.decoder.vocab_size
+        seen = [noisy(text, cfg.token_noise, tokens, generator) for text in texts]
+        hidden = model.read_exits(heard, seen, {*cfg.decoder_exits, last})
+        targets = next_tokens(texts, self._eos, model.device)
+        nats, below = dict[str, float](), []
+        for e, h in hidden.items():
+            tower = TruncatedTower(decoder, e)
+            heads = model.heads if e == last else None
+            weights = self._weights if e == last else (cfg.early_exit_scale,)
+            sums, gradient = multi_token_backward(tower, heads, h, targets, weights, scale)
+            name = "loss" if e == last else f"loss_decoder_exit_{e}"
+            nats |= {name if k == 1 else f"loss_head_{k}": f.nats for k, f in enumerate(sums, 1)}
+            if gradient is not None:
+                below.append((h, gradient))
+        return nats, below
 
     @property
     def _eos(self) -> int:
