@@ -12,6 +12,7 @@ from offramp.audio.io import Source
 from offramp.decoding.speech_lm import SpeechLMOptions
 from offramp.errors import InputError
 from offramp.models import hub
+from offramp.models.hf_speech_lm import is_audio_lm
 from offramp.recognizer import Recognizer, TranscribeOptions
 from offramp.speech_lm_recognizer import SpeechLMRecognizer
 from offramp.transcription import Transcription
@@ -20,9 +21,13 @@ AnyOptions = TranscribeOptions | SpeechLMOptions
 
 
 def is_speech_lm(model: str | Path) -> bool:
-    """Whether `model` (a shipped name, a folder or a hub id) is a Speech-LM."""
-    config = hub.read_json(hub.resolve(str(model)) / "config.json")
-    return config.get("model_type") == hub.SPEECH_LM_TYPE
+    """Whether `model` (a shipped name, a folder or a hub id) is a Speech-LM, ours or transformers'.
+
+    CheckpointError: it is an audio language model of a kind that is not supported.
+    """
+    folder = hub.resolve(str(model))
+    kind = hub.read_json(folder / "config.json").get("model_type")
+    return kind == hub.SPEECH_LM_TYPE or is_audio_lm(folder)
 
 
 def options_for(model: str | Path, given: Mapping[str, Any]) -> AnyOptions:

@@ -8,6 +8,7 @@ says when each word was, and which words it has not heard.
 from __future__ import annotations
 
 import bisect
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from offramp.decoding.speech_lm import PartTimes, SpeechLMOptions, SpeechLMPlan,
 from offramp.errors import InputError
 from offramp.models import hub
 from offramp.models.hf_ctc import PretrainedConfig
+from offramp.models.hf_speech_lm import AudioLM, AudioTowerConfig, is_audio_lm, load_audio_lm
 from offramp.models.speech_lm import SpeechLM
 from offramp.models.speech_lm_checkpoint import SpeechLMCheckpoint, load_speech_lm
 from offramp.nn.device import choose_device
@@ -46,7 +48,7 @@ class SpeechLMRecognizer:
     """A Speech-LM with its tokenizer. One recording at a time; loading is the slow part, so keep
     it."""
 
-    def __init__(self, checkpoint: SpeechLMCheckpoint) -> None:
+    def __init__(self, checkpoint: SpeechLMCheckpoint | AudioLM) -> None:
         self.model: SpeechLM = checkpoint.model
         self.tokenizer = checkpoint.tokenizer
         if checkpoint.reader is not None:
@@ -59,7 +61,8 @@ class SpeechLMRecognizer:
     @classmethod
     def load(cls, model: str | Path, *, device: str = "cpu") -> SpeechLMRecognizer:
         """A folder or a hub id. CheckpointError: no Speech-LM is there."""
-        return cls(load_speech_lm(hub.resolve(str(model)), choose_device(device)))
+        folder, on = hub.resolve(str(model)), choose_device(device)
+        return cls(load_audio_lm(folder, on) if is_audio_lm(folder) else load_speech_lm(folder, on))
 
     def decode(
         self, samples: Sequence[Tensor], plan: SpeechLMPlan
@@ -73,13 +76,15 @@ class SpeechLMRecognizer:
         return texts, PartTimes(encoder_s=features_s) + times
 
     def longest_s(self, up_to_s: float) -> float:
-        """The longest speech, up to `up_to_s`, that the decoder can hear at once and still write
-        a token for every frame of the encoder; 0: none."""
+        """The longest speech, up to `up_to_s`, that the encoder and the decoder can hear at once,
+        with a token written for every frame of the encoder; 0: none."""
         encoder = self.model.encoder.config
+        window = encoder.window if isinstance(encoder, AudioTowerConfig) else math.inf
 
         def too_long(num_samples: int) -> bool:
             num_inputs = self.reader.num_inputs(num_samples)
-            return self.model.room(num_inputs) < encoder.output_frames(num_inputs) + 1
+            full = self.model.room(num_inputs) < encoder.output_frames(num_inputs) + 1
+            return full or num_inputs > window
 
         lengths = range(1, int(up_to_s * SAMPLE_RATE) + 1)
         return bisect.bisect_left(lengths, True, key=too_long) / SAMPLE_RATE
@@ -164,8 +169,10 @@ class _Writer:
         """Of the encoder, whose last exit is not read unless it drafts."""
         model = self._recognizer.model
         encoder, drafting = model.encoder.config, model.config.ctc_exit
-        assert isinstance(encoder, EncoderConfig | PretrainedConfig), "we know of no other"
         num_inputs = self.reader.num_inputs(num_samples)
+        if isinstance(encoder, AudioTowerConfig):
+            return encoder.macs(num_inputs)
+        assert isinstance(encoder, EncoderConfig | PretrainedConfig), "we know of no other"
         top = encoder.num_layers
         tested = [top] if drafting in (None, top) else [drafting, top]
         macs = tower_macs(encoder, num_inputs, tested)

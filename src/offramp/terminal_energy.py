@@ -244,10 +244,10 @@ def show_estimate(estimate: Estimate) -> None:
     long = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"
     terminal.err.print(
         f"Curves: at most {terminal.count(estimate.points, 'WER')} of about "
-        f"{estimate.seconds:.0f} s each, {long}; then fine-tuning at most "
-        f"{terminal.count(estimate.finetunings, 'time')}, "
-        f"{terminal.count(estimate.finetune_steps, 'step')} and a WER each. Less: --levels, "
-        "--limit, --rounds, --seeds."
+        f"{estimate.seconds:.0f} s each, {long}; then at most "
+        f"{terminal.count(estimate.plans, 'plan')} carried out, each with "
+        f"{terminal.count(estimate.finetune_steps, 'step')} of fine-tuning and a WER. Less: "
+        "--levels, --limit, --rounds, --seeds."
     )
 
 
@@ -262,7 +262,12 @@ def show_energy_bench(report: EnergyReport) -> None:
         low, high = (f"{100 * edge:.1f}" for edge in row.wer_ci95)
         figures = [f"{100 * row.wer:.2f}", f"{low}-{high}", _kb(row.stored_bytes)]
         rows.append([_named(name), *figures, terminal.number(row.timing.rtf, 4), "/".join(waits)])
-    seeds = f"{len(report.seeds)} seed{'' if len(report.seeds) == 1 else 's'} of fine-tuning"
+    steps = {row.outcome.finetune_steps for row in report.rows.values()}
+    seeds = " and ".join(
+        f"{terminal.count(count, 'step')} of fine-tuning" for count in sorted(steps)
+    )
+    if any(steps):
+        seeds += f", {terminal.count(len(report.seeds), 'seed')}"
     title = f"Measured: {report.words:,} words of {', '.join(report.data)}; {seeds}; one CPU thread"
     columns = ("", "WER, %", "95 %", "kB", "RTF", "latency, first/median, ms")
     terminal.table(title, columns, rows)

@@ -21,9 +21,9 @@ from offramp.compress.quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedWeight,
-    quantize,
 )
 from offramp.errors import InputError
+from offramp.models.stored import quantize
 from toy_compress import MODELS, outputs
 
 

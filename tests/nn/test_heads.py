@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import toy
-from offramp.compress.quantized import QuantizedLinear, quantize
+from offramp.compress.quantized import QuantizedLinear
 from offramp.config_speech_lm import HeadsConfig
 from offramp.energy.trace import Trace
 from offramp.models.decoder_lm import DecoderLM
+from offramp.models.stored import quantize
 from offramp.nn.heads import Heads, IndependentHeads, LatentHeads, build_heads
 from offramp.nn.tower import TracedTower
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import toy
 import toy_encoder
 import toy_speech
 from offramp.audio.reader import LogMelReader
+from offramp.cli import main
 from offramp.config import DecoderConfig
 from offramp.config_speech_lm import HeadsConfig, ProjectorConfig
 from offramp.data.manifest import Utterance, write_manifest
@@ -25,6 +29,7 @@ from offramp.models.speech_lm_checkpoint import SpeechLMParts, load_speech_lm
 from offramp.tokenizer import BOS, EOS, ctc_words, train_bpe
 from offramp.train.encoder_tokens import decoder_tokenizer, relabelled
 from offramp.train.loop import Evaluated, StepDone, TrainConfig
+from offramp.train.lora import LoRA
 from offramp.train.mwer import MWERTraining
 from offramp.train.recipes import load_recipe
 from offramp.train.speech_lm import SpeechLMTraining
@@ -252,6 +257,41 @@ def test_a_decoder_that_learned_from_text_goes_on_from_there(
         list(wanted.run(tmp_path / "run"))
 
 
+def test_a_decoder_that_learned_by_low_rank_updates_is_an_ordinary_one(
+    manifest: str, encoder: str, text_decoder: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    wanted = recipe(manifest, new(encoder, decoder=text_decoder, heads=None), steps=2)
+    list(replace(wanted, lora=LoRA(rank=2, alpha=4.0)).run(tmp_path / "run"))
+    made = load_speech_lm(tmp_path / "run" / "checkpoint").model.decoder.state_dict()
+    start = toy.decoder(**TEXT_DECODER).state_dict()
+    changed = {name for name, x in start.items() if not torch.equal(made[name], x.half().float())}
+    assert changed == {
+        f"layers.{i}.attention.{x}.weight" for i in (0, 1) for x in ("qkv", "output")
+    }
+
+
+def test_low_rank_updates_that_cannot_be_are_refused_before_anything_is_written(
+    manifest: str,
+    encoder: str,
+    text_decoder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora = LoRA(rank=2, alpha=4.0)
+    with pytest.raises(ConfigError, match="those of a new one know nothing; give "):
+        replace(recipe(manifest, new(encoder)), lora=lora)
+    learned = new(encoder, decoder=text_decoder)
+    with pytest.raises(ConfigError, match="freeze names the decoder, and lora is how it learns"):
+        replace(recipe(manifest, learned, freeze=("decoder",)), lora=lora)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(
+        ConfigError, match=r"lora needs peft; .* 'offramp\[hf\]', or leave lora out"
+    ):
+        list(replace(recipe(manifest, learned), lora=lora).run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("other", ["words", "order"])
 def test_a_decoder_of_other_tokens_is_refused_before_anything_is_written(
     manifest: str, encoder: str, text_decoder: str, tmp_path: Path, other: str
@@ -324,3 +364,46 @@ def test_the_recipes_are_of_one_model_of_at_most_20_million_parameters_and_32_mb
     count = sum(p.numel() for p in made.parameters())
     assert 10e6 < count < 20e6 and 2 * count < 32e6, "stored in half precision"
     assert made.room(100 * 20) > 250, "tokens of text behind 20 s"
+
+
+# -- the how-to ----------------------------------------------------------------------------------
+
+HOW_TO = RECIPES.parent / "docs" / "how-to" / "train-a-speech-llm.md"
+
+
+@pytest.mark.slow
+def test_the_how_to_runs_as_it_is_written(
+    manifest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own recipes, cut to two steps, and what is done with the last one's model."""
+    pytest.importorskip("peft")
+    pytest.importorskip("jiwer")
+    monkeypatch.chdir(tmp_path)
+    Path(manifest).rename("my.tsv")
+    for wave in Path("set").iterdir():
+        wave.rename(wave.name)
+    toy_speech.write(Path("talk.flac"), toy_speech.speak("do mi"))
+    words = train_bpe(["do mi do mi"], 300, [])
+    decoder = toy.decoder(
+        vocab_size=words.vocab_size, bos_id=0, eos_ids=(1,), num_layers=2, max_positions=256
+    )
+    save_decoder(decoder, Path("my-decoder"), words)
+    cut = "--set steps=2 --set warmup_steps=1 --set batch_seconds=6 --set prefetch=false"
+    ran = []
+    for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", HOW_TO.read_text(), re.M | re.S):
+        if kind == "python":
+            Path(block.split()[1]).write_text(block)
+            continue
+        for line in block.splitlines():
+            program, verb, *rest = shlex.split(line)
+            if program != "offramp" or rest[0].startswith("recipes/"):
+                assert program == "pip" or (RECIPES.parent / rest[0]).is_file()
+                continue
+            if verb == "train":
+                rest += shlex.split(cut) + ["--set", "max_tokens=6"] * (rest[0] == "mwer.py")
+            with pytest.raises(SystemExit) as ended:
+                main([verb, *rest])
+            assert ended.value.code == 0, line
+            ran.append(verb)
+    assert ran == [*["train"] * 5, "transcribe", "eval"]
+    assert load_speech_lm(Path("runs/my-mwer/checkpoint")).model.config.heads == HeadsConfig(4)

@@ -25,7 +25,6 @@ from offramp.bench.energy_arms import (
     PLANNER,
     PLANNER_FREE,
     REPORTING,
-    RUNS,
     Outcome,
     best_of,
     development,
@@ -49,11 +48,11 @@ from offramp.streaming import StreamingRecognizer
 
 @dataclass(frozen=True)
 class EnergyOptions:
-    """runs: folder of ARM-SEED. data, limit: as in `ArmsOptions`, but the other half. timed:
+    """arms: folder of ARM-SEED. data, limit: as in `ArmsOptions`, but the other half. timed:
     recordings that are timed, of all lengths; rounds: how often each. sweep: of what profiles take
     for granted. aligner: the CTC recogniser that says when words were said."""
 
-    runs: Path = RUNS
+    arms: Path
     data: tuple[str, ...] = DATA
     limit: int | None = None
     hardware: tuple[str, ...] = SHIPPED
@@ -182,19 +181,17 @@ class EnergyReport:
         }
 
 
-def run(
-    options: EnergyOptions = EnergyOptions(), on_progress: Progress | None = None
-) -> EnergyReport:
+def run(options: EnergyOptions, on_progress: Progress | None = None) -> EnergyReport:
     """Measure, count and model all arms. CheckpointError: some are missing."""
     profiles = ProfileOptions(options.hardware).profiles()
-    arms = find_arms(options.runs)
+    arms = find_arms(options.arms)
     need_jiwer()
     utterances = development(options.data, REPORTING, options.limit)
     plans = {arm: CompressionPlan.load(_first(made) / "plan.json") for arm, made in arms.items()}
     outcomes = {arm: Outcome.load(_first(made)) for arm, made in arms.items()}
     if len({plan.model for plan in plans.values()}) > 1:
         raise InputError(
-            f"the arms in {options.runs} are of different models; choose a new folder and make all"
+            f"the arms in {options.arms} are of different models; choose a new folder and make all"
         )
     total = sum(map(len, arms.values())) + options.rounds
     tell = on_progress or (lambda done, total: None)

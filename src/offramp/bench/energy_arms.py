@@ -25,7 +25,7 @@ PLANNING, REPORTING = 0, 1  # halves of the development data
 EQUAL_WER = 0.002  # of two arms: at most so much apart
 
 BLANK_SKIP = "blank_skip"  # the arm that only a factorised blank can have
-AS_IT_IS = ("dense_fp32", "dense_int8", BLANK_SKIP, "longer_chunk")  # nothing pruned
+AS_IT_IS = ("dense_fp32", "dense_int8", "dense_int4", BLANK_SKIP, "longer_chunk")  # not pruned
 COMPARED = ("uniform", "global_magnitude")  # the best of them sets the WER of the planner
 RULES = (*COMPARED, "size_optimal", "paper_rule")
 PLANNER, PLANNER_FREE = "planner", "planner_free_chunk"
@@ -35,12 +35,14 @@ ARMS = (*AS_IT_IS, *RULES, PLANNER, PLANNER_FREE)
 @dataclass(frozen=True)
 class Outcome:
     """What came of an arm on the planning half, all seeds together. max_wer_increase: what it was
-    to keep to, None: nothing. worst_ratio: as in `compress_rounds`."""
+    to keep to, None: nothing. worst_ratio: as in `compress_rounds`. recipe: sha256 of what it was
+    fine-tuned by, None: nothing."""
 
     max_wer_increase: float | None
     wer_increase: float
     worst_ratio: float
     finetune_steps: int
+    recipe: str | None
 
     @property
     def missed_by(self) -> float:
@@ -74,6 +76,11 @@ def development(data: Sequence[str], half: int, limit: int | None = None) -> lis
     return found
 
 
+def arms_folder(runs: Path, finetune_steps: int) -> Path:
+    """Of arms that are fine-tuned for so many steps."""
+    return runs / f"{finetune_steps}-steps"
+
+
 def find_arms(runs: Path) -> dict[str, dict[int, Path]]:
     """Arm -> seed -> checkpoint; every arm has the seeds that any of them has.
 
@@ -87,10 +94,7 @@ def find_arms(runs: Path) -> dict[str, dict[int, Path]]:
     if any(_scores_blanks(runs / name) for name in names):
         wanted = [name for name in wanted if not name.startswith(BLANK_SKIP)]
     if missing := [name for name in wanted if name not in names]:
-        raise CheckpointError(
-            f"{runs} lacks {', '.join(missing)}; make all with: offramp bench energy --prepare "
-            f"--runs {runs}"
-        )
+        raise CheckpointError(f"{runs} lacks {', '.join(missing)}; offramp bench energy makes them")
     return {
         arm: {seed: runs / f"{arm}-{seed}" for seed in seeds}
         for arm in ARMS

@@ -1,9 +1,9 @@
 """The arms of `offramp bench energy`, made: one model, by the planner and by simpler rules.
 
 All choose among the same candidates, by the same measured curves, with weights of 8 bits to start
-from; all are fine-tuned for as many steps with the same seeds, and keep to a WER that is measured
-over these seeds. The planner has to do with the WER of the best of uniform and global pruning.
-All that takes long is kept, so a run that was stopped goes on.
+from; all are fine-tuned for as many steps with the same seeds, or none is, and keep to a WER that
+is measured over these seeds. The planner has to do with the WER of the best of uniform and global
+pruning. All that takes long is kept, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from offramp.bench.energy_arms import (
     PLANNING,
     RUNS,
     Outcome,
+    arms_folder,
     best_of,
     development,
     find_arms,
@@ -69,12 +70,13 @@ _LONGER = 2  # times the model's own chunk
 _UNTIL = 8  # bits: what all arms but one start from
 _TUNED, _STATES = "finetuned", "states"  # folders beside the arms
 _MOST = 4.0  # WER increase, beyond which no nearest plan is looked for
+LEVELS = (0.2, 0.4, 0.6, 0.8)  # shares pruned at which the curves are measured
 
 
-def grids_of(levels: Sequence[float] = ()) -> dict[str, Grid]:
-    """What is tried, at these levels only; none: at all of `sensitivity.LEVELS`."""
-    own = {name: replace(grid, bits=(_UNTIL, 4)) for name, grid in GRIDS.items()}
-    return {name: replace(g, levels=tuple(sorted(levels)) or g.levels) for name, g in own.items()}
+def grids_of(levels: Sequence[float] = LEVELS) -> dict[str, Grid]:
+    """What is tried, at these levels."""
+    at = tuple(sorted(levels))
+    return {n: replace(grid, bits=(_UNTIL, 4), levels=at) for n, grid in GRIDS.items()}
 
 
 def nearest(choose: Callable[[Problem, float], CompressionPlan]) -> Rule:
@@ -100,6 +102,7 @@ def nearest(choose: Callable[[Problem, float], CompressionPlan]) -> Rule:
 _AS_IT_IS = {
     "dense_fp32": (FULL_BITS, False, False),
     "dense_int8": (_UNTIL, False, False),
+    "dense_int4": (4, False, False),
     BLANK_SKIP: (_UNTIL, False, True),
     "longer_chunk": (_UNTIL, True, False),
 }
@@ -114,22 +117,23 @@ _SOLVE = nearest(lambda problem, limit: solve(problem, Budget(limit)))
 
 @dataclass(frozen=True)
 class ArmsOptions:
-    """recipe: of `model`, for fine-tuning. data: development sets by name (data.speech.SPEECH_SETS)
-    or paths of manifests, their dev splits; limit: so many utterances of each half of each, spread
-    evenly.
+    """runs: folder of the curves, and of a folder of arms for each number of finetune_steps. data:
+    development sets by name (data.speech.SPEECH_SETS) or paths of manifests, their dev splits;
+    limit: so many utterances of each half of each, spread evenly.
 
-    finetune_steps: of every arm. seeds: of fine-tuning. max_wer_increase: of the arms that prune,
+    finetune_steps: of every arm, by the recipe that trained `model`; 0: none is fine-tuned, which
+    takes one seed and no recipe. seeds: of fine-tuning. max_wer_increase: of the arms that prune,
     over the model as it was; a share of the words. rounds: plans that each rule may try.
     blank_skips: thresholds to choose from, the first for the arm that does nothing else.
     """
 
-    recipe: Path
     model: str = "stream-tiny"
     runs: Path = RUNS
     data: tuple[str, ...] = DATA
     limit: int | None = None
-    finetune_steps: int = 200
-    seeds: tuple[int, ...] = (0, 1, 2)
+    finetune_steps: int = 0
+    recipe: Path | None = None
+    seeds: tuple[int, ...] = (0,)
     max_wer_increase: float = 0.01
     hardware: tuple[str, ...] = SHIPPED
     blank_skips: tuple[float, ...] = (0.5, 0.3)
@@ -137,20 +141,37 @@ class ArmsOptions:
     grids: Mapping[str, Grid] = field(default_factory=grids_of)
 
     def __post_init__(self) -> None:
-        check_counts(1, finetune_steps=self.finetune_steps, rounds=self.rounds)
+        check_counts(0, finetune_steps=self.finetune_steps)
+        check_counts(1, rounds=self.rounds)
         check_positive(max_wer_increase=self.max_wer_increase)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds are {self.seeds}; give at least one, and each once")
+        if not self.finetune_steps and len(self.seeds) > 1:
+            raise InputError(
+                f"seeds are {self.seeds}, and without fine-tuning nothing is drawn; give one, or "
+                "finetune_steps"
+            )
+        if self.finetune_steps and self.recipe is None:
+            raise InputError(
+                f"finetune_steps is {self.finetune_steps}, which takes a recipe; give the one that "
+                f"trained {self.model}, or 0 steps"
+            )
+
+    @property
+    def arms(self) -> Path:
+        """The folder of the arms."""
+        return arms_folder(self.runs, self.finetune_steps)
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What preparing takes at most. points: WERs to measure for the curves; seconds: that each
-    takes, as the model as it was took. finetunings: of `finetune_steps`, each with one WER more."""
+    takes, as the model as it was took. plans: carried out, each for every seed, fine-tuned for
+    `finetune_steps`, with one WER more."""
 
     points: int
     seconds: float
-    finetunings: int
+    plans: int
     finetune_steps: int
 
 
@@ -171,9 +192,11 @@ def prepare(
         raise InputError(
             f"{options.model} is compressed already; give the model that it was made from"
         )
-    recipe = transducer_recipe(options.recipe)
+    recipe = None
+    if options.finetune_steps and options.recipe is not None:
+        recipe = transducer_recipe(options.recipe)
     began = time.perf_counter()
-    session, measured = _session(options, recipe, folder, device)
+    session, measured = _session(options, folder, device)
     seconds = time.perf_counter() - began
     skips = options.blank_skips if session.model.config.factorised_blank else ()
     searched = CompressOptions(
@@ -198,7 +221,7 @@ def prepare(
     for number, arm in enumerate(arms, 1):
         workshop.make(arm)
         tell(points + number, points + len(arms))
-    return find_arms(options.runs)
+    return find_arms(options.arms)
 
 
 def _estimate(
@@ -220,20 +243,13 @@ def _estimate(
     return Estimate(points, seconds, rounds * len(options.seeds), options.finetune_steps)
 
 
-def _session(
-    options: ArmsOptions, recipe: TransducerRecipe, folder: Path, device: str
-) -> tuple[Session, Measurements]:
+def _session(options: ArmsOptions, folder: Path, device: str) -> tuple[Session, Measurements]:
     """What plans are tried with, and what was measured so far."""
     profiles = ProfileOptions(options.hardware).profiles()
     need_jiwer()
     utterances = development(options.data, PLANNING, options.limit)
     loaded = StreamingRecognizer.load(folder, device=device)
-    tuning = hashlib.sha256(f"{options.finetune_steps} {recipe!r}".encode()).hexdigest()
-    of = {
-        "model": fingerprint(loaded.model),
-        "development set": data_sha256(utterances),
-        "fine-tuning": tuning,
-    }
+    of = {"model": fingerprint(loaded.model), "development set": data_sha256(utterances)}
     measured = Measurements(options.runs / MEASURED, of)
     ear = Ear(loaded.model, loaded.pieces, utterances)
     return Session(loaded.model, ear, profiles, None), measured
@@ -241,13 +257,13 @@ def _session(
 
 @dataclass(frozen=True)
 class _Workshop:
-    """Where arms are made. session: without fine-tuning, which differs by seed. folder: of the
-    model, whose tokenizer goes along."""
+    """Where arms are made. session: without fine-tuning, which differs by seed. recipe: for
+    fine-tuning; None: none is. folder: of the model, whose tokenizer goes along."""
 
     options: ArmsOptions
     session: Session
     problem: Problem
-    recipe: TransducerRecipe
+    recipe: TransducerRecipe | None
     folder: Path
 
     def make(self, arm: str) -> None:
@@ -264,6 +280,7 @@ class _Workshop:
             wer_increase=best.increase.value,
             worst_ratio=worst_ratio(best, self.problem),
             finetune_steps=self.options.finetune_steps,
+            recipe=_sha256(self.recipe),
         )
         files = {
             **companions(self.folder),
@@ -306,10 +323,12 @@ class _Workshop:
         return made[best_of(made)].wer_increase
 
     def choices(self, arm: str) -> Problem:
-        """What the rule of `arm` may choose from."""
+        """What the rule of `arm` may choose from. Those of pruning alone keep the bits that all
+        start from; what fewer bits alone give is an arm of its own."""
         own = self.problem.settings[0].chunk_ms
+        least = _UNTIL if arm in COMPARED else 0
         return self.problem.only(
-            lambda _, choice: choice.bits <= _UNTIL,
+            lambda _, choice: least <= choice.bits <= _UNTIL,
             lambda setting: arm == PLANNER_FREE or setting.chunk_ms == own,
         )
 
@@ -341,21 +360,33 @@ class _Workshop:
         return made, tried
 
     def _tuned(self, smaller: Transducer, seed: int) -> Transducer:
-        """A fine-tuned copy, from the folder that keeps it once it is made."""
-        runs = self.options.runs
-        kept = runs / _TUNED / f"{fingerprint(smaller)[:16]}-{seed}"
+        """A fine-tuned copy, from the folder that keeps it once it is made; or as it is."""
+        if self.recipe is None:
+            return smaller
+        recipe = replace(self.recipe, train=replace(self.recipe.train, seed=seed))
+        by = _sha256(recipe)
+        assert by is not None, "there is a recipe"
+        kept = self.options.arms / _TUNED / f"{fingerprint(smaller)[:16]}-{by[:16]}"
         if not kept.exists():
-            recipe = replace(self.recipe, train=replace(self.recipe.train, seed=seed))
             tokenizer = TextTokenizer.load(self.folder / "tokenizer.json")
-            steps, states = self.options.finetune_steps, runs / _STATES / str(seed)
+            steps, states = self.options.finetune_steps, self.options.arms / _STATES / str(seed)
             save_compressed(finetuner(recipe, tokenizer, steps, states)(smaller), kept)
         return load_model(Transducer, kept, smaller.device)
 
     def _at(self, arm: str, seed: int) -> Path:
-        return self.options.runs / f"{arm}-{seed}"
+        return self.options.arms / f"{arm}-{seed}"
 
     def _is_made(self, arm: str, limit: float | None) -> bool:
+        """InputError: it is, by another recipe."""
         folders = [self._at(arm, seed) for seed in self.options.seeds]
-        return all(
-            folder.exists() and Outcome.load(folder).max_wer_increase == limit for folder in folders
-        )
+        made = [Outcome.load(folder) for folder in folders if folder.exists()]
+        if any(outcome.recipe != _sha256(self.recipe) for outcome in made):
+            raise InputError(
+                f"{self.options.arms} was fine-tuned by another recipe; choose a new folder, or "
+                "delete it to make all anew"
+            )
+        return len(made) == len(folders) and all(o.max_wer_increase == limit for o in made)
+
+
+def _sha256(recipe: TransducerRecipe | None) -> str | None:
+    return None if recipe is None else hashlib.sha256(repr(recipe).encode()).hexdigest()

@@ -91,13 +91,12 @@ def splitformer(
 
 def energy(
     *,
-    prepare: Annotated[bool, Parameter(negative=())] = False,
     model: ModelName = "stream-tiny",
+    finetune_steps: int = 0,
     recipe: Path = Path("recipes/stream_tiny.py"),
+    seeds: int | None = None,
     runs: Path = Path("runs/energy"),
     data: tuple[str, ...] = (),
-    finetune_steps: int = 200,
-    seeds: int = 3,
     max_wer_increase: float = 1.0,
     levels: tuple[float, ...] = (),
     rounds: int = 3,
@@ -109,20 +108,20 @@ def energy(
 ) -> None:
     """The planner beside simpler rules of compression: WER and time measured, energy modelled.
 
+    The compressed models are made first, unless they are there already: in minutes without
+    fine-tuning, in hours with it; how long is estimated first, and a run that was stopped goes on.
+
     Args:
-        prepare: Make the compressed models first, or go on with them; that takes hours, and how
-            many is estimated first.
-        recipe: With prepare: the file that trained the model, for fine-tuning.
-        runs: Folder of the compressed models, one ARM-SEED for each.
+        finetune_steps: Of every compressed model; 0: none is fine-tuned.
+        recipe: With finetune_steps: the file that trained the model.
+        seeds: With finetune_steps: so many of each model, 3 by default.
+        runs: Folder of what was measured and made.
         data: Development sets by name, or manifests (may be given several times); default:
             kathleen_arctic and mini_librispeech_train_clean_5.
-        finetune_steps: With prepare: of every model.
-        seeds: With prepare: of fine-tuning, so many.
-        max_wer_increase: With prepare: percentage points that compression may cost, over the model
-            as it is.
-        levels: With prepare: measure each method at these shares pruned only (may be given several
-            times); default: 0.1 to 0.9.
-        rounds: With prepare: plans that each rule may try.
+        max_wer_increase: Percentage points that compression may cost, over the model as it is.
+        levels: Measure each method at these shares pruned only (may be given several times);
+            default: 0.2, 0.4, 0.6 and 0.8.
+        rounds: Plans that each rule may try.
     """
     check_outputs(json, plot)
     need_extra("wer", "bench energy")
@@ -133,14 +132,23 @@ def energy(
     from offramp.bench.energy_arms import DATA
 
     sets, names = data or DATA, hardware_names(hardware)
-    if prepare:
-        how = (finetune_steps, tuple(range(seeds)), max_wer_increase / 100, names)
-        where = (recipe, model, runs, sets, limit)
-        options = make.ArmsOptions(*where, *how, rounds=rounds, grids=make.grids_of(levels))
-        with terminal.progress(f"preparing {runs}") as tell:
-            make.prepare(options, tell, terminal_energy.show_estimate)
+    options = make.ArmsOptions(
+        model,
+        runs,
+        sets,
+        limit,
+        finetune_steps,
+        recipe,
+        tuple(range(seeds if seeds is not None else 3 if finetune_steps else 1)),
+        max_wer_increase / 100,
+        names,
+        rounds=rounds,
+        grids=make.grids_of(levels or make.LEVELS),
+    )
+    with terminal.progress(f"making {options.arms}") as tell:
+        make.prepare(options, tell, terminal_energy.show_estimate)
     with terminal.progress("bench energy") as tell:
-        report = bench.run(bench.EnergyOptions(runs, sets, limit, names), tell)
+        report = bench.run(bench.EnergyOptions(options.arms, sets, limit, names), tell)
     terminal_energy.show_energy_bench(report)
     terminal.write_json(json, report.to_dict())
     if plot is not None:

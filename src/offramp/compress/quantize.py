@@ -21,10 +21,10 @@ from offramp.compress.quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedWeight,
-    quantize,
 )
 from offramp.config import check_choice
 from offramp.errors import InputError
+from offramp.models.stored import quantize
 
 
 @dataclass(frozen=True)

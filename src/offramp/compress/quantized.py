@@ -22,19 +22,6 @@ ACTIVATIONS = ("int8", "bfloat16")
 _ALIGNED = 64  # PyTorch's bf16 kernel reads past the end of rows that fill no vector
 
 
-def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """weight [rows, ...] -> (codes int8 of that shape, scales float32 [rows]), symmetric.
-
-    Codes lie in [-127, 127] or [-7, 7]; the largest weight of a row is exact, the others are off
-    by half a scale at most, and zero stays zero.
-    """
-    flat = weight.detach().float().flatten(1)
-    largest = flat.abs().amax(1)
-    scales = torch.where(largest > 0, largest / (2 ** (bits - 1) - 1), 1.0)
-    codes = (flat / scales[:, None]).round().to(torch.int8)
-    return codes.view(weight.shape), scales
-
-
 class QuantizedWeight(nn.Module):
     """Codes [rows, ...] and scales [rows]; `weight` is their product, made anew each time."""
 

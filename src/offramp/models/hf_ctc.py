@@ -300,7 +300,7 @@ def import_transformers() -> Any:
         import transformers  # slow, and an optional package
     except ImportError as error:
         raise ConfigError(
-            "exits on a transformers model need transformers; pip install 'offramp[hf]'"
+            "a transformers model needs transformers; pip install 'offramp[hf]'"
         ) from error
     return transformers
 

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from offramp.config import DecoderConfig, check_counts, strict
-from offramp.errors import CheckpointError, ConfigError
+from offramp.errors import CheckpointError, ConfigError, InputError
 from offramp.files import json_text, replacing
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_config import eos_ids, from_hf, to_hf
+from offramp.models.stored import INT8, encode, take, take_weights
 from offramp.nn.unfilled import unfilled
 from offramp.tokenizer import BLANK, BOS, EOS, PAD, TextTokenizer
 
@@ -178,23 +179,36 @@ def load_decoder(
         )
     with unfilled():
         model = DecoderLM(config)
-    wanted = {name: p.shape for name, p in model.named_parameters()}
     theirs = dict(read_tensors(folder))
-    state = {}
-    for name, shape in wanted.items():
-        parts = [
-            take(theirs, part, (rows, *shape[1:]), folder)
-            for part, rows in _their_rows(name, shape[0], config)
-        ]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        state[name] = lay_out(tensor.to(device=device, dtype=dtype))
+    fill_decoder(model, theirs, folder, device, dtype)
     ignored = ["rotary_emb.inv_freq"]
     if config.tied_embeddings:
         ignored.append("lm_head.weight")  # the embedding once more
     refuse_unexplained(folder, [name for name in theirs if not name.endswith(tuple(ignored))])
-    model.load_state_dict(state, assign=True)
     model.requires_grad_(False)
     return model.eval()
+
+
+def fill_decoder(
+    decoder: DecoderLM,
+    theirs: dict[str, Tensor],
+    folder: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Give it the weights that `theirs`, as transformers lays them out, holds; they are taken out.
+
+    CheckpointError names a tensor of `folder` that is missing or of another shape.
+    """
+    state = {}
+    for name, p in decoder.named_parameters():
+        parts = [
+            take(theirs, part, (rows, *p.shape[1:]), folder)
+            for part, rows in _their_rows(name, p.shape[0], decoder.config)
+        ]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        state[name] = lay_out(tensor.to(device=device, dtype=dtype))
+    decoder.load_state_dict(state, assign=True)
 
 
 def lay_out(tensor: Tensor) -> Tensor:
@@ -235,7 +249,13 @@ def save_decoder(
 
     defaults None: what offramp.json in `folder` says now, where it fits. dtype: of the stored
     weights (default: as they are). files: name -> text of further files, such as README.md.
+    InputError: dtype is not of floats.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(
+            f"a decoder cannot be stored in {dtype}, which transformers would not read; give "
+            "float16, bfloat16 or float32"
+        )
     check_target(folder)
     config = model.config
     defaults = defaults or _present_defaults(folder, config)
@@ -253,6 +273,23 @@ def save_decoder(
     if defaults is not None:
         own["offramp.json"] = json_text(asdict(defaults))
     write_checkpoint(folder, theirs, raw, own | dict(files or {}))
+
+
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """What `described` and `fill` read, in `folder`'s place, whole or not at all.
+
+    dtype: of the stored weights; int8: matrices of 8 bits and the rest in float16, see `stored.py`
+    (default: as they are). files: name -> text of further files.
+    """
+    check_target(folder)
+    how = {"stored": INT8} if dtype == torch.int8 else {}
+    write_checkpoint(folder, stored_tensors(model, dtype), {**config, **how}, files or {})
 
 
 def write_checkpoint(
@@ -286,6 +323,11 @@ def described(
         raise CheckpointError(
             f"{path} describes a model of type {found!r}, not {kind!r}; choose {wanted}"
         )
+    if (stored := values.pop("stored", None)) not in (None, INT8):
+        raise CheckpointError(
+            f"{path} says that weights are stored as {stored!r}; this version reads {INT8} and "
+            "plain ones, install a newer offramp"
+        )
     try:
         return parse(values)
     except ConfigError as error:
@@ -300,7 +342,7 @@ def fill(model: nn.Module, folder: Path, device: torch.device | str, dtype: torc
     stored = dict(read_tensors(folder))
     state = {}
     for name, wanted in model.state_dict().items():
-        tensor = take(stored, name, wanted.shape, folder)
+        tensor = take_weights(stored, name, wanted.shape, folder)
         kind = dtype if wanted.is_floating_point() else wanted.dtype
         state[name] = tensor.to(device=device, dtype=kind)
     refuse_unexplained(folder, sorted(stored))
@@ -319,12 +361,14 @@ def check_finite(model: nn.Module, folder: Path) -> None:
 
 
 def stored_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """What `fill` wants back. dtype: of those that are not counts (default: as they are)."""
+    """What `fill` wants back. dtype: as in `write_model`, of those that are not counts."""
+    whole = dtype == torch.int8
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        as_is = dtype is None or whole or not tensor.is_floating_point()
+        kind = tensor.dtype if as_is else dtype
         tensors[name] = tensor.detach().to("cpu", kind).contiguous().clone()
-    return tensors
+    return encode(tensors) if whole else tensors
 
 
 def refuse_unexplained(folder: Path, names: Sequence[str]) -> None:
@@ -374,19 +418,6 @@ def _their_rows(name: str, rows: int, config: DecoderConfig) -> list[tuple[str, 
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         return list(zip(names, (n * config.head_dim for n in heads), strict=True))
     return [(part, rows // len(names)) for part in names]
-
-
-def take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
-    if name not in tensors:
-        raise CheckpointError(
-            f"{folder} lacks the tensor {name}; the checkpoint is incomplete, fetch it anew"
-        )
-    if tensors[name].shape != shape:
-        raise CheckpointError(
-            f"{folder}: {name} has shape {list(tensors[name].shape)}, config.json says "
-            f"{list(shape)}; the files are not of one checkpoint"
-        )
-    return tensors.pop(name)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -443,7 +474,7 @@ def _download(name: str) -> Path:
             "pip install 'offramp[hub]'"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the library raises many kinds, all of them "cannot be had"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

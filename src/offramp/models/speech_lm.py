@@ -108,8 +108,9 @@ class SpeechLM(nn.Module):
         prompt: PromptTokens,
         encoder: SpeechEncoder,
         decoder: TextDecoder,
+        projector: Projector | None = None,
     ) -> None:
-        """ConfigError: `config` is not of that encoder, or of that decoder."""
+        """projector: None: a new one. ConfigError: `config` is not of that encoder or decoder."""
         super().__init__()
         config.check_drafting(encoder.config)
         own = encoder.config if isinstance(encoder.config, EncoderConfig) else None
@@ -122,7 +123,9 @@ class SpeechLM(nn.Module):
         self.config, self.prompt = config, prompt
         self.encoder, self.decoder = encoder, decoder
         width = config.decoder.d_model
-        self.projector = Projector(config.projector, encoder.config.d_model, width)
+        if projector is None:
+            projector = Projector(config.projector, encoder.config.d_model, width)
+        self.projector = projector
         self.heads = None if config.heads is None else build_heads(config.heads, config.decoder)
 
     @property

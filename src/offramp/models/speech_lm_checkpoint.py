@@ -23,6 +23,7 @@ from offramp.models.ctc_checkpoint import load_encoder
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_checkpoint import PretrainedReader, PretrainedSpeech, is_pretrained
 from offramp.models.hf_ctc import PretrainedCTCEncoder
+from offramp.models.hf_speech_lm import is_audio_lm
 from offramp.models.hub import (
     SPEECH_LM_TYPE,
     check_finite,
@@ -31,23 +32,14 @@ from offramp.models.hub import (
     fill,
     lay_out,
     load_decoder,
-    read_json,
     resolve,
-    stored_tensors,
-    write_checkpoint,
+    write_model,
 )
 from offramp.models.speech_lm import PromptTokens, SpeechLM
 from offramp.nn.unfilled import unfilled
 from offramp.tokenizer import TextTokenizer
 
 ENCODER = "encoder"  # the folder in a Speech-LM's folder where a transformers encoder lies
-# Models of transformers that hear too, and what stands before their decoder.
-_OTHERS = {
-    "granite_speech": "a windowed Q-Former",
-    "qwen2_audio": "Whisper's encoder",
-    "ultravox": "Whisper's encoder",
-    "voxtral": "Whisper's encoder",
-}
 
 
 @dataclass(frozen=True)
@@ -86,31 +78,30 @@ class SpeechLMCheckpoint:
     ) -> None:
         """Write a folder that `load_speech_lm` reads; whole or not at all.
 
-        dtype: of the stored weights (default: as they are; a transformers encoder's always are).
-        files: name -> text of further files; an existing checkpoint is replaced with all of its
-        files.
+        dtype: of the stored weights (default: as they are; a transformers encoder's always are);
+        int8: matrices of 8 bits, for half the bytes of float16 (`stored.py`). files: name -> text
+        of further files; an existing checkpoint is replaced with all of its files.
         """
         check_target(folder)
         config = {"model_type": SPEECH_LM_TYPE, **asdict(self.model.config)}
         texts = {"tokenizer.json": self.tokenizer.to_json(pretty=True), **(files or {})}
-        tensors = stored_tensors(_stored_parts(self.model), dtype)
+        parts = _stored_parts(self.model)
         if self.reader is None:
-            write_checkpoint(folder, tensors, config, texts)
+            write_model(parts, folder, config, dtype, texts)
             return
         encoder = self.model.encoder
         assert isinstance(encoder, PretrainedCTCEncoder)
         with replacing(folder) as temporary:
-            write_checkpoint(temporary, tensors, config, texts)
+            write_model(parts, temporary, config, dtype, texts)
             PretrainedSpeech(encoder, self.reader).save(temporary / ENCODER)
 
 
 def load_speech_lm_config(folder: Path) -> SpeechLMConfig:
     """The model that `folder`/config.json describes; CheckpointError: it describes none."""
-    kind = read_json(folder / "config.json").get("model_type")
-    if (front := _OTHERS.get(str(kind))) is not None:
+    if is_audio_lm(folder):
         raise CheckpointError(
-            f"{folder} holds a model of type {kind!r}, which hears through {front}; that is not "
-            "supported: join a CTC encoder and a decoder of the Llama family"
+            f"{folder} holds an audio language model of transformers, which transcribes and is not "
+            "trained here; join a CTC encoder and a decoder of the Llama family"
         )
     wanted = "the folder of a Speech-LM, such as a Speech-LM recipe writes"
     return described(folder, SPEECH_LM_TYPE, SpeechLMConfig.from_dict, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from offramp.tokenizer import TextTokenizer
 from offramp.train.ctc import SpeechBatch, SpeechBatches
 from offramp.train.encoder_tokens import check_decoder, decoder_tokenizer, relabelled
 from offramp.train.loop import TrainConfig, TrainEvent, is_first_process, process_device, train
+from offramp.train.lora import LoRA, load_peft, low_rank
 from offramp.train.mwer import MWERTask, MWERTraining
 from offramp.train.speech_data import SpeechData
 from offramp.train.speech_lm import SpeechLMTask, SpeechLMTraining
@@ -82,18 +84,36 @@ class SpeechLMRecipe(SpeechData):
     """One training run of a Speech-LM, on the data of `SpeechData`.
 
     model: a new decoder behind an encoder, the folders of both to join, new heads for a
-    Speech-LM, or the folder of one. training: with `MWERTraining` from word errors too.
+    Speech-LM, or the folder of one. training: with `MWERTraining` from word errors too. lora: the
+    decoder learns by low-rank updates alone, which become part of its weights at the end.
     """
 
     name: str
     model: NewDecoder | SpeechLMParts | NewHeads | str
     train: TrainConfig
     training: SpeechLMTraining = field(default_factory=SpeechLMTraining)
+    lora: LoRA | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is None:
+            return
+        if "decoder" in self.training.freeze:
+            raise ConfigError(
+                "freeze names the decoder, and lora is how it learns; take one of them out"
+            )
+        if isinstance(self.model, NewDecoder) and isinstance(self.model.decoder, DecoderConfig):
+            raise ConfigError(
+                "lora keeps the decoder's own weights, and those of a new one know nothing; give "
+                "model.decoder the folder of one that has learned, or leave lora out"
+            )
 
     def run(self, out: Path, device: str = "cpu") -> Iterator[TrainEvent]:
         """Train or resume in `out`; at the end its `checkpoint` folder holds the model."""
         folder = out / "checkpoint"
         hub.check_target(folder)  # before the training, not after it
+        if self.lora is not None:
+            load_peft()  # it could be missing
         start, weights = self._start(process_device(device))
         model, reader = start.model, start.reader
         if reader is None:
@@ -106,7 +126,9 @@ class SpeechLMRecipe(SpeechData):
         settings = self.settings(sources) | {"start weights": weights, "tokenizer": tokens}
         with self.batches(sources, own, self.train) as batches:
             task = self._task(start, batches, self.dev(own))
-            yield from train(task, self.train, out, settings)
+            lora, seed = self.lora, self.train.seed
+            with nullcontext() if lora is None else low_rank(model.decoder, lora, seed):
+                yield from train(task, self.train, out, settings)
         if is_first_process():
             start.save(folder, torch.float16)
 
