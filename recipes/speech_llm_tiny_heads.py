@@ -1,4 +1,4 @@
-"""speech-llm-tiny, third stage: three heads more, which learn alone; not a word changes.
+"""speech-llm-tiny, fourth stage: three heads more, which learn alone; not a word changes.
 
 Each predicts one token further from the decoder's last state. The trunk is frozen, so that no
 gradient has to pass it.

@@ -75,7 +75,7 @@ def test_help_names_every_verb_and_group(capsys: pytest.CaptureFixture[str]) -> 
         assert f" {path[0]} " in out
     for name, (_, group) in GROUPS.items():
         out = shown(capsys, name)
-        assert all(f" {verb.__name__} " in out for verb in group)
+        assert all(f" {verb.__name__.replace('_', '-')} " in out for verb in group)
 
 
 def test_help_shows_descriptions_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,16 +136,74 @@ def test_eval_asr_fails_where_a_draft_changes_the_text(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    found = speech_lm_quality._quality
+    found = speech_lm_quality.quality
 
-    def lying(tally, plain, *rest):
+    def lying(tally, plain, references):
         if tally is not plain:
-            plain = speech_lm_quality._Tally({row: "else" for row in plain.texts})
-        return found(tally, plain, *rest)
+            texts = {row: replace(text, tokens=()) for row, text in plain.written.items()}
+            plain = speech_lm_quality.Tally(texts)
+        return found(tally, plain, references)
 
-    monkeypatch.setattr(speech_lm_quality, "_quality", lying)
+    monkeypatch.setattr(speech_lm_quality, "quality", lying)
     words = ("eval", "asr", "--model", places["headless"], "--data", places["manifest"])
     status, out, err = offramp(capsys, *words, "--json", tmp_path / "r.json")
     assert status == 1 and " NO " in out
     assert "ctc: 2 texts differ from those of plain decoding" in err
     assert not json.loads((tmp_path / "r.json").read_text())["identical"]
+
+
+@pytest.mark.slow
+def test_bench_takes_any_folder_and_manifest(
+    capsys: pytest.CaptureFixture[str], places: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    files = ("--json", tmp_path / "r.json", "--plot", tmp_path / "f.png")
+    words = ("bench", "speech-llm", "--model", places["whole"], "--data", places["manifest"])
+    status, out, err = offramp(capsys, *words, "--rounds", 1, *files)
+    assert (status, err) == (0, "")
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert told["utterances"] == 2 and set(told["identical"].values()) == {True}
+    assert told["details"]["recognizer"]["wer"] > 0.5, "asr-tiny does not know these words"
+    assert all(f" {name} " in out for name in told["wer"])
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model {whole} --limit 0", "limit is 0"),
+        ("--model {whole} --rounds 0", "rounds is 0"),
+        ("--model {whole} --threads 0", "threads is 0"),
+        ("--model {whole} --data nonsense", "there is no set 'nonsense' with transcripts"),
+        ("--model {whole} --data none.tsv", "none.tsv is missing"),
+        ("--model {short} --data {manifest}", "and the decoder's context holds 0."),
+        ("--model {whole} --plot f.pdf", "ends in .png"),
+        ("--model {whole} --json no/r.json", "no folder you may"),
+        ("--model lm-tiny", "of type 'llama', not 'offramp-speech-lm'"),
+        ("--model no-such-model", "there is no checkpoint no-such-model"),
+    ],
+)
+def test_mistakes_of_bench_are_one_line_and_nothing_is_written(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    places: dict[str, Path],
+    words: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = words.format(**places).split()
+    status, out, err = offramp(capsys, "bench", "speech-llm", *given)
+    assert (status, out) == (2, "") and err.count("\n") == 1, err
+    assert err.startswith("offramp: ") and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_says_which_extra_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    words = ("bench", "speech-llm", "--model", places["whole"], "--data", places["manifest"])
+    status, out, err = offramp(capsys, *words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "compares with transformers; pip install 'offramp[hf]'" in err

@@ -39,6 +39,10 @@ def test_a_transformers_encoder_is_not_described() -> None:
         ({"heads": HeadsConfig(draft_vocab=V + 1)}, "draft_vocab is 62; the decoder has 61"),
         ({"heads": 4}, "heads are 4; they must be a HeadsConfig or None"),
         ({"projector": {"stack": 2}}, "projector is {'stack': 2}; it must be a ProjectorConfig"),
+        (
+            {"projector": ProjectorConfig(1, 8, "ctc")},
+            "the projector is of kind ctc, and no CTC writes the decoder's tokens; set ctc_exit",
+        ),
         ({"ctc_exit": 0}, "ctc_exit is 0; it must be a whole number of at least 1"),
         ({"ctc_exit": 4}, "ctc_exit is 4; the encoder has the exits 2, 3, 5"),
         (
@@ -70,11 +74,13 @@ def test_text_behind_the_audio_needs_no_bos_and_any_vocabulary_may_listen() -> N
     [
         (lambda: ProjectorConfig(0, 8), "stack is 0; it must be a whole number of at least 1"),
         (lambda: ProjectorConfig(2, 0), "d_hidden is 0"),
+        (lambda: ProjectorConfig(2, 8, "ctc"), "stack is 2, and a projector of kind ctc goes by"),
+        (lambda: ProjectorConfig(1, 8, "mel"), "kind is 'mel'; allowed: stack, ctc"),  # type: ignore[arg-type]
         (lambda: HeadsConfig(1), "count is 1; it must be a whole number of at least 2"),
         (lambda: HeadsConfig(kind="medusa"), "kind is 'medusa'; allowed: latent, independent"),  # type: ignore[arg-type]
         (lambda: HeadsConfig(draft_vocab=0), "draft_vocab is 0"),
     ],
-    ids=["stack", "hidden layer", "count", "kind", "draft_vocab"],
+    ids=["stack", "hidden layer", "tokens", "kind of projector", "count", "kind", "draft_vocab"],
 )
 def test_impossible_parts_are_refused(make: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):

@@ -34,9 +34,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "independent heads": {"heads": HeadsConfig(3, "independent", draft_vocab=17)},
     "drafts at the last exit": {"ctc_exit": 5},
     "drafts at an early exit": {"ctc_exit": 3},
+    "by the tokens of CTC": {"projector": ProjectorConfig(1, 20, "ctc"), "ctc_exit": 3},
 }
 # By the default suite, of large matrices.
-KEPT = ("text before and after", "every frame", "independent heads", "drafts at an early exit")
+KEPT = ("text before and after", "every frame", "independent heads", "by the tokens of CTC")
 
 
 def config(**changes: Any) -> SpeechLMConfig:

@@ -38,14 +38,23 @@ class EncoderShape(Protocol):
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """From encoder frames to the decoder's embeddings: `stack` frames side by side go through one
-    hidden layer of `d_hidden`."""
+    """From encoder frames to the decoder's embeddings, through one hidden layer of `d_hidden`.
+
+    kind: `stack`: so many frames side by side become one embedding. `ctc`: each token that the
+    CTC of `ctc_exit` wrote does, with the frames up to the next one; stack is then 1.
+    """
 
     stack: int
     d_hidden: int
+    kind: Literal["stack", "ctc"] = "stack"
 
     def __post_init__(self) -> None:
         check_counts(1, stack=self.stack, d_hidden=self.d_hidden)
+        check_choice(kind=(self.kind, ("stack", "ctc")))
+        if self.kind == "ctc" and self.stack != 1:
+            raise ConfigError(
+                f"stack is {self.stack}, and a projector of kind ctc goes by tokens; set stack to 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,11 @@ class SpeechLMConfig:
         if not isinstance(self.prompt, str) or self.prompt.count(AUDIO) != 1:
             raise ConfigError(
                 f"prompt is {self.prompt!r}; it must have {AUDIO} once, where the audio stands"
+            )
+        if self.projector.kind == "ctc" and self.ctc_exit is None:
+            raise ConfigError(
+                "the projector is of kind ctc, and no CTC writes the decoder's tokens; set "
+                "ctc_exit, or kind to stack"
             )
         decoder, heads = self.decoder, self.heads
         if self.prompt.endswith(AUDIO) and decoder.bos_id is None:

@@ -13,6 +13,7 @@ from offramp.files import replacing
 
 if TYPE_CHECKING:
     from offramp.bench.energy import Row
+    from offramp.bench.speech_llm_report import Figures
     from offramp.compress.plan import CompressionPlan
 
 _MARKS = "oxs^v<>D*P"
@@ -90,6 +91,27 @@ def plot_arms(rows: Mapping[str, Row], path: Path) -> None:
     figure.supylabel("mJ per second of audio, modelled; not measured")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def plot_thresholds(sets: Mapping[str, Figures], path: Path) -> None:
+    """Measured WER against decoder calls: a line of thresholds for each set, and a mark for what
+    needs none of them, plain decoding and lossless drafts."""
+    figure = _figure()
+    axes = figure.subplots()
+    for name, made in sets.items():
+        points = [(point.calls_per_utterance, 100 * (point.wer.rate or 0)) for point in made.curve]
+        (line,) = axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        for mark, draft in zip(_MARKS, made.drafts, strict=False):
+            rate = 100 * (made.wer[draft].rate or 0)
+            axes.plot(made.calls(draft), rate, mark, color=line.get_color(), fillstyle="none")
+    for mark, draft in zip(_MARKS, made.drafts, strict=False):
+        axes.plot([], [], mark, color="grey", fillstyle="none", label=f"lossless: {draft}")
+    axes.set_xlabel("decoder calls per utterance")
+    axes.set_ylabel("WER, %")
+    axes.set_title("Heads believed unverified, by threshold: WER against calls; measured")
+    axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 

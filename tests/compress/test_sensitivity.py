@@ -26,6 +26,7 @@ from offramp.compress.sensitivity import (
     curves,
     points_csv,
     sweep,
+    to_measure,
 )
 from offramp.errors import ConfigError, InputError
 from toy_transducer import transducer
@@ -157,6 +158,7 @@ def test_what_is_known_is_not_measured_again() -> None:
     dropped = [key for key in known if key[1].method == "low_rank"][:2]
     for key in dropped:
         del known[key]
+    assert to_measure({"joiner": GRID}, SweepOptions(known=known)) == 2
     again = list(sweep(model, {"joiner": GRID}, measure, SweepOptions(known=known)))
     assert again == whole and measure.calls == 2
 
@@ -176,6 +178,9 @@ def test_hopeless_levels_are_not_tried() -> None:
     points = list(sweep(model, {"joiner": grid}, measure, SweepOptions(stop_above=0.3)))
     assert [p.choice.level for p in points] == [0.0, 0.3, 0.3, 0.6, 0.6]
     assert 0.9 not in asked
+    assert to_measure({"joiner": grid}, SweepOptions(stop_above=0.3)) == len(grid.every)
+    known = {(p.component, p.choice, p.finetuned): p.increase for p in points}
+    assert to_measure({"joiner": grid}, SweepOptions(stop_above=0.3, known=known)) == 0
     (plain,) = (c for c in curves(points) if c.choice.bits == 32)
     with pytest.raises(InputError, match=r"level is 0\.7; the curve of joiner was measured from 0"):
         plain.at(0.7)

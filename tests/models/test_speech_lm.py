@@ -18,6 +18,7 @@ from offramp.models.ctc import CTCEncoder
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.speech_lm import PromptTokens, SpeechLM
 from offramp.nn.cache import KVCache
+from offramp.nn.projector import CTCProjector, token_runs
 from offramp.tokenizer import TextTokenizer
 from thinned import thinned
 from toy_encoder import features
@@ -220,3 +221,25 @@ def test_a_tokenizer_that_cannot_write_the_prompt_is_refused() -> None:
     large = toy_speech_lm.tokenizer([f"w{i}" for i in range(60)])
     with pytest.raises(ConfigError, match="the tokenizer has 62 tokens and the decoder 61"):
         PromptTokens.of(toy_speech_lm.config(), large)
+
+
+def test_what_ctc_wrote_is_spelled_in_the_decoders_own_embeddings() -> None:
+    model = toy_speech_lm.speech_lm(projector=ProjectorConfig(1, 20, "ctc"), ctc_exit=3).double()
+    (x, lengths) = features(LENGTHS)
+    heard_by = x.double()
+    heard = model.hear(heard_by, lengths, ())
+    assert heard.ctc_log_probs is not None, "it is read whatever was asked for"
+    assert isinstance(model.projector, CTCProjector)
+    state = model.encoder.run(model.encoder.embed(heard_by, lengths), 0, 5)
+    best = heard.ctc_log_probs.argmax(-1)
+    labels = [row[:n] for row, n in zip(best, heard.frames, strict=True)]
+    begins = [token_runs(row, toy_speech_lm.V) for row in labels]
+    plain = model.projector(state.h, state.lengths, begins)
+    for ours, audio, row, at in zip(heard.audio, plain, labels, begins, strict=True):
+        spelled = [
+            torch.zeros(model.config.decoder.d_model).double()
+            if label == toy_speech_lm.V
+            else model.decoder.embed(torch.tensor([[label]]))[0, 0]
+            for label in row[at].tolist()
+        ]
+        torch.testing.assert_close(ours, audio + torch.stack(spelled))

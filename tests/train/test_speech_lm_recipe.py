@@ -346,14 +346,16 @@ def test_a_missing_start_names_its_setting(manifest: str, encoder: str, tmp_path
 
 
 def test_the_recipes_are_of_one_model_of_at_most_20_million_parameters_and_32_mb() -> None:
-    names = ("decoder", "tiny", "tiny_heads", "mwer")
-    text, first, second, third = (load_recipe(RECIPES / f"speech_llm_{n}.py", {}) for n in names)
+    names = ("decoder", "corrector", "tiny", "tiny_heads", "mwer")
+    made_by = [load_recipe(RECIPES / f"speech_llm_{name}.py", {}) for name in names]
+    text, corrector, first, second, third = made_by
     assert isinstance(text, TextRecipe) and isinstance(text.model, DecoderConfig)
+    assert isinstance(corrector, TextRecipe)
     assert isinstance(first, SpeechLMRecipe) and isinstance(first.model, NewDecoder)
     assert isinstance(second, SpeechLMRecipe) and isinstance(second.model, NewHeads)
     assert isinstance(third, SpeechLMRecipe) and isinstance(third.training, MWERTraining)
-    starts = (first.model.decoder, second.model.folder, third.model)
-    assert starts == tuple(f"runs/{made.name}/checkpoint" for made in (text, first, second))
+    starts = (corrector.model, first.model.decoder, second.model.folder, third.model)
+    assert starts == tuple(f"runs/{made.name}/checkpoint" for made in made_by[:-1])
     assert text.tokens_of == first.model.encoder
     wanted = replace(first.model, decoder=text.model)
     start = new_decoder(wanted, resolve("asr-tiny"), 0, torch.device("cpu"))

@@ -16,6 +16,7 @@ import toy
 import toy_encoder
 from offramp.config_speech_lm import ProjectorConfig
 from offramp.data.synthetic import book_sentences, transcript_sentences
+from offramp.decoding.exit_policies import edit_distance
 from offramp.errors import CheckpointError, ConfigError, InputError
 from offramp.models import hub
 from offramp.models.ctc_checkpoint import save_encoder
@@ -25,7 +26,7 @@ from offramp.train.encoder_tokens import encoder_tokens
 from offramp.train.layerskip import LayerSkipConfig
 from offramp.train.loop import Evaluated, StepDone, TrainConfig
 from offramp.train.speech_lm_recipe import NewDecoder, new_decoder
-from offramp.train.text import TextRecipe, TextTask
+from offramp.train.text import TextRecipe, TextTask, misheard, sentence_pairs
 
 NOVEL = "".join(
     f"The {a} opened the {b}, and the {c} closed the door.\n\n"
@@ -203,6 +204,23 @@ def test_every_sentence_is_learned_once_an_epoch_from_bos_to_eos(encoder: Path) 
     texts = {tuple(tokens.encode(text)) for text in sentences}
     assert len(seen) == len({tuple(ids) for ids in seen}) == 25, "batches are whole"
     assert {tuple(ids) for ids in seen} < texts
+
+
+def test_what_is_misheard_stands_before_bos_with_mistakes(encoder: Path) -> None:
+    tokens = encoder_tokens(encoder)
+    texts = [s.text for s in book_sentences("train")] * 20
+    pairs = sentence_pairs(tokens, texts)
+    assert misheard(pairs, 0.0, 1) == pairs
+    made = misheard(pairs, 0.7, 1)
+    assert made == misheard(pairs, 0.7, 1) != misheard(pairs, 0.7, 2)
+    assert [goal for _, goal in made] == [goal for _, goal in pairs], "what is learned stays"
+    bos, eos = tokens.token_id(BOS), tokens.token_id(EOS)
+    assert all(prompt[-1] == bos for prompt, _ in made)
+    heard = [(prompt[:-1], goal[:-1]) for prompt, goal in made if len(prompt) > 1]
+    assert 0.6 * len(pairs) < len(heard) < 0.8 * len(pairs)
+    wrong = sum(edit_distance(theirs, said) for theirs, said in heard)
+    share = wrong / sum(len(said) for _, said in heard)
+    assert 0.18 < share < 0.3 and all(eos not in theirs for theirs, _ in heard)
 
 
 def test_the_figures_are_those_of_each_sentence_alone(encoder: Path) -> None:

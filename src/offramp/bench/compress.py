@@ -301,6 +301,11 @@ def settings_of(
     return list(product(sizes, (None, *skips)))
 
 
+def stop_above(budget: Budget) -> float:
+    """The WER increase of a component alone above which it is not pruned further."""
+    return max(_HOPELESS, 2 * (budget.max_wer_increase or 0.0))
+
+
 def measured_problem(
     session: Session,
     options: CompressOptions,
@@ -323,14 +328,13 @@ def measured_problem(
     for chunk_ms, blank_skip in settings:
         heard.append(_heard(session, measured, chunk_ms, blank_skip))
         tell(1)
-    stop_above = max(_HOPELESS, 2 * (options.budget.max_wer_increase or 0.0))
     known, own = measured.known, StreamOptions()
     points = []
     for point in sweep(
         session.model,
         options.grids,
         lambda model: session.ear.increase(model, own),
-        SweepOptions(finetune, stop_above, known),
+        SweepOptions(finetune, stop_above(options.budget), known),
     ):
         points.append(point)
         if (point.component, point.choice, point.finetuned) not in known:

@@ -16,7 +16,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from offramp.bench.arms import Progress
-from offramp.bench.compress import CompressOptions, finished, measured_problem, settings_of
+from offramp.bench.compress import (
+    CompressOptions,
+    finished,
+    measured_problem,
+    settings_of,
+    stop_above,
+)
 from offramp.bench.compress_finetune import finetuner, transducer_recipe
 from offramp.bench.compress_measure import MEASURED, Ear, Measurements, data_sha256
 from offramp.bench.compress_rounds import (
@@ -51,7 +57,7 @@ from offramp.compress.checkpoint import companions, load_model, save_compressed
 from offramp.compress.plan import FULL_BITS, CompressionPlan, pruned, quantised
 from offramp.compress.planner import solve
 from offramp.compress.problem import Budget, Pick, Problem
-from offramp.compress.sensitivity import GRIDS, Grid
+from offramp.compress.sensitivity import GRIDS, Grid, SweepOptions, to_measure
 from offramp.config import check_counts, check_positive
 from offramp.decoding.stream_plan import StreamOptions
 from offramp.energy.profiles import SHIPPED
@@ -231,12 +237,9 @@ def _estimate(
     options: ArmsOptions,
     seconds: float,
 ) -> Estimate:
-    known = measured.known
-    points = sum(
-        (component, choice, False) not in known
-        for component, grid in searched.grids.items()
-        for choice in grid.every
-    )
+    assert searched.budget is not None
+    how = SweepOptions(stop_above=stop_above(searched.budget), known=measured.known)
+    points = to_measure(searched.grids, how)
     for setting in settings_of(session, searched.chunk_ms, searched.blank_skips):
         points += measured.setting(*setting) is None
     rounds = options.rounds * (len(_RULES) + 2) + 1  # what is not pruned is one

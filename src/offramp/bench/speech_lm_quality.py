@@ -6,8 +6,10 @@ ways of decoding take turns on each batch, encoder and CTC included, so every ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +30,6 @@ from offramp.decoding.speech_lm import (
     BEAM_DRAFTS,
     PartTimes,
     SpeechLMOptions,
-    SpeechLMPlan,
     SpeechText,
     available_drafts,
 )
@@ -103,18 +104,62 @@ class SpeechLMQuality:
         return {name: getattr(self, name) for name in names} | {"drafts": ways}
 
 
+# Samples [N_b] of a batch -> a text for each, and the time.
+Way = Callable[[Sequence[Tensor]], tuple[list[SpeechText], PartTimes]]
+
+
 @dataclass
-class _Tally:
-    """What one way wrote, by utterance, and took."""
+class Tally:
+    """What one way wrote, by utterance, and took over `audio_s` seconds: medians over rounds.
+    unsteady: utterances that not every round wrote alike."""
 
-    texts: dict[int, str] = field(default_factory=dict)
-    counts: DecoderCounts = field(default_factory=DecoderCounts)
+    written: dict[int, SpeechText] = field(default_factory=dict)
+    unsteady: set[int] = field(default_factory=set)
     times: PartTimes = field(default_factory=PartTimes)
+    audio_s: float = 0.0
 
-    def add(self, rows: Sequence[int], texts: Sequence[SpeechText], times: PartTimes) -> None:
-        self.texts.update(zip(rows, (text.text for text in texts), strict=True))
-        self.counts = DecoderCounts.total([self.counts, *(text.counts for text in texts)])
-        self.times += times
+    @staticmethod
+    def joined(parts: Sequence[tuple[Tally, int]]) -> Tally:
+        """Those of several sets as one, each with its number of utterances."""
+        made, before = Tally(), 0
+        for part, utterances in parts:
+            made.written |= {before + row: text for row, text in part.written.items()}
+            made.unsteady |= {before + row for row in part.unsteady}
+            made.times += part.times
+            made.audio_s += part.audio_s
+            before += utterances
+        return made
+
+    @property
+    def counts(self) -> DecoderCounts:
+        return DecoderCounts.total(text.counts for text in self.written.values())
+
+    def texts(self, utterances: int) -> list[str]:
+        """As references are. A recording too short for the encoder has none, and cost nothing."""
+        texts = {row: text.text for row, text in self.written.items()}
+        return [as_reference(texts.get(row, "")) for row in range(utterances)]
+
+    def differing(self, plain: Tally) -> list[int]:
+        """Utterances for which not every round of both wrote the same tokens to the same end."""
+        pairs = {row: (text, plain.written[row]) for row, text in self.written.items()}
+        parted = {row for row, pair in pairs.items() if len(set(map(_told, pair))) > 1}
+        return sorted(parted | self.unsteady | plain.unsteady)
+
+    def add(
+        self, rows: Sequence[int], rounds: Sequence[tuple[list[SpeechText], PartTimes]]
+    ) -> None:
+        """One batch, decoded so many times."""
+        every = zip(*(texts for texts, _ in rounds), strict=True)
+        for row, texts in zip(rows, every, strict=True):
+            self.written[row] = texts[0]
+            if len(set(map(_told, texts))) > 1:
+                self.unsteady.add(row)
+        taken = zip(*(astuple(times) for _, times in rounds), strict=True)
+        self.times += PartTimes(*map(statistics.median, taken))
+
+
+def _told(text: SpeechText) -> tuple[tuple[int, ...], str]:
+    return text.tokens, text.finish_reason
 
 
 def run(
@@ -128,21 +173,11 @@ def run(
     too. InputError: an utterance is longer than the decoder has room for."""
     need_jiwer()
     recognizer = SpeechLMRecognizer.load(model, device=device)
-    plans = _plans(recognizer, beam_size)
+    ways = as_ways(recognizer, draft_options(recognizer, beam_size))
     utterances, left_out = data.utterances()
-    _check_lengths(recognizer, utterances)
-    tallies = {name: _Tally() for name in plans}
-    audio_s, done, names = 0.0, 0, list(plans)
-    for number, (rows, samples) in enumerate(_batches(recognizer, utterances)):
-        if number == 0:
-            recognizer.decode(samples, plans["none"])  # the first run is slower than all others
-        audio_s += sum(map(len, samples)) / SAMPLE_RATE
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            tallies[name].add(rows, *recognizer.decode(samples, plans[name]))
-        done += len(rows)
-        if on_progress is not None:
-            on_progress(done, len(utterances))
+    check_lengths(recognizer, utterances)
+    batches = _rising(utterances)
+    tallies = measure(recognizer, utterances, ways, batches, on_progress=on_progress)
     references = [u.text for u in utterances]
     return SpeechLMQuality(
         model=model,
@@ -151,10 +186,46 @@ def run(
         words=sum(len(reference.split()) for reference in references),
         left_out=left_out,
         ways={
-            name: _quality(tally, tallies[_plain(name)], references, audio_s)
+            name: quality(tally, tallies[_plain(name)], references)
             for name, tally in tallies.items()
         },
     )
+
+
+def measure(
+    recognizer: SpeechLMRecognizer,
+    utterances: Sequence[Utterance],
+    ways: Mapping[str, Way],
+    batches: Sequence[Sequence[int]],
+    rounds: int = 1,
+    on_progress: Progress | None = None,
+) -> dict[str, Tally]:
+    """Every way on every batch, `rounds` times, in turns; one unmeasured turn comes first.
+
+    batches: which of `utterances` are decoded together.
+    """
+    tallies, names = {name: Tally() for name in ways}, list(ways)
+    done, warm = 0, False
+    for number, together in enumerate(batches):
+        heard = {row: read_audio(utterances[row].path) for row in together}
+        rows = [row for row in together if recognizer.reader.num_inputs(len(heard[row]))]
+        samples = [heard[row] for row in rows]
+        if rows and not warm:
+            for name in names:
+                ways[name](samples)
+            warm = True
+        made: dict[str, list[tuple[list[SpeechText], PartTimes]]] = {name: [] for name in names}
+        for turn in range(rounds if rows else 0):
+            first = (number + turn) % len(names)
+            for name in names[first:] + names[:first]:
+                made[name].append(ways[name](samples))
+        for name in names if rows else ():
+            tallies[name].add(rows, made[name])
+            tallies[name].audio_s += sum(map(len, samples)) / SAMPLE_RATE
+        done += len(together)
+        if on_progress is not None:
+            on_progress(done, len(utterances))
+    return tallies
 
 
 def _plain(name: str) -> str:
@@ -162,31 +233,38 @@ def _plain(name: str) -> str:
     return "beam_none" if name.startswith("beam_") else "none"
 
 
-def _quality(tally: _Tally, plain: _Tally, references: Sequence[str], audio_s: float) -> WayQuality:
-    # A recording too short for the encoder has no text, and cost nothing.
-    written = [as_reference(tally.texts.get(row, "")) for row in range(len(references))]
-    differing = sum(text != plain.texts[row] for row, text in tally.texts.items())
+def quality(tally: Tally, plain: Tally, references: Sequence[str]) -> WayQuality:
+    written = tally.texts(len(references))
     return WayQuality(
         wer=error_rate(word_edits(references, written)),
         cer=error_rate(character_edits(references, written)).rate,
-        differing=None if tally is plain else differing,
+        differing=None if tally is plain else len(tally.differing(plain)),
         counts=tally.counts,
         times=tally.times,
-        audio_s=audio_s,
+        audio_s=tally.audio_s,
     )
 
 
-def _plans(recognizer: SpeechLMRecognizer, beam_size: int | None) -> dict[str, SpeechLMPlan]:
+def draft_options(
+    recognizer: SpeechLMRecognizer, beam_size: int | None = None
+) -> dict[str, SpeechLMOptions]:
     """Ways of decoding by name, plain ones first."""
     drafts = list(reversed(available_drafts(recognizer.model)))
     options = {str(draft): SpeechLMOptions(draft) for draft in drafts}
     if beam_size is not None:
         of_beam = [draft for draft in drafts if draft in BEAM_DRAFTS]
         options |= {f"beam_{d}": SpeechLMOptions(d, beam_size=beam_size) for d in of_beam}
-    return {name: recognizer.plan(option) for name, option in options.items()}
+    return options
 
 
-def _check_lengths(recognizer: SpeechLMRecognizer, utterances: Sequence[Utterance]) -> None:
+def as_ways(
+    recognizer: SpeechLMRecognizer, options: Mapping[str, SpeechLMOptions]
+) -> dict[str, Way]:
+    return {n: partial(recognizer.decode, plan=recognizer.plan(o)) for n, o in options.items()}
+
+
+def check_lengths(recognizer: SpeechLMRecognizer, utterances: Sequence[Utterance]) -> None:
+    """InputError: an utterance is longer than the decoder has room for."""
     longest = max(utterances, key=lambda u: u.seconds)
     if (limit := recognizer.longest_s(longest.seconds + 1)) < longest.seconds:
         raise InputError(
@@ -195,15 +273,12 @@ def _check_lengths(recognizer: SpeechLMRecognizer, utterances: Sequence[Utteranc
         )
 
 
-def _batches(
-    recognizer: SpeechLMRecognizer, utterances: Sequence[Utterance]
-) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """(which utterances, their samples), by rising length."""
+def _rising(utterances: Sequence[Utterance]) -> list[list[int]]:
+    """Batches as `transcribe` makes them, by rising length."""
     lengths = [max(1, round(SAMPLE_RATE * u.seconds)) for u in utterances]
     most = SpeechLMOptions().batch_size
-    for together in length_batches(lengths, BATCH_SAMPLES):
-        for at in range(0, len(together), most):
-            heard = {row: read_audio(utterances[row].path) for row in together[at : at + most]}
-            rows = [row for row in heard if recognizer.reader.num_inputs(len(heard[row]))]
-            if rows:
-                yield rows, [heard[row] for row in rows]
+    return [
+        together[at : at + most]
+        for together in length_batches(lengths, BATCH_SAMPLES)
+        for at in range(0, len(together), most)
+    ]

@@ -35,7 +35,7 @@ GROUPS: dict[str, tuple[str, tuple[Verb, ...]]] = {
     "eval": ("Measure quality.", (evaluation.exits, evaluation.asr, evaluation.stream)),
     "bench": (
         "Measure what docs/results.md publishes.",
-        (bench.layerskip, bench.splitformer, bench.energy),
+        (bench.layerskip, bench.splitformer, bench.energy, bench.speech_llm),
     ),
 }
 

@@ -1,7 +1,9 @@
-"""Verbs that measure what docs/results.md publishes: bench layerskip, splitformer, energy."""
+"""Verbs that measure what docs/results.md publishes: bench layerskip, splitformer, energy,
+speech-llm."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -153,3 +155,40 @@ def energy(
     terminal.write_json(json, report.to_dict())
     if plot is not None:
         plots.plot_arms(report.rows, plot)
+
+
+def speech_llm(
+    *,
+    model: ModelName = "speech-llm-tiny",
+    data: tuple[str, ...] = (),
+    limit: Limit = None,
+    rounds: int = 3,
+    threads: Threads = None,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """A Speech-LM with every draft that it has, beside plain decoding and transformers.
+
+    Exit status 1: what must be equal is not: texts of drafts, of transformers apart, what beam
+    search finds, or calls that wrong drafts add. Needs the extras offramp[wer,hf].
+
+    Args:
+        data: Development sets by name, or manifests (may be given several times); default:
+            kathleen_arctic, ljspeech_part_1 and 50 of mini_librispeech_train_clean_5.
+        rounds: Times that every utterance is decoded in each way; the median counts.
+    """
+    check_outputs(json, plot)
+    need_extra("wer", "bench speech-llm")
+    set_threads(threads)
+    from offramp import plots, terminal, terminal_speech_lm
+    from offramp.bench import speech_llm as bench
+
+    options = bench.SpeechLLMOptions(data, limit, rounds, curve=plot is not None)
+    with terminal.progress(f"bench speech-llm, {model}") as tell:
+        report = bench.run(model, options, tell)
+    terminal_speech_lm.show_speech_llm(report)
+    terminal.write_json(json, report.to_dict())
+    if plot is not None:
+        plots.plot_thresholds(report.sets, plot)
+    if not report.overall.holds:
+        sys.exit(1)

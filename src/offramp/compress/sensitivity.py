@@ -146,6 +146,25 @@ def sweep(
                     break
 
 
+def to_measure(grids: Mapping[str, Grid], options: SweepOptions = SweepOptions()) -> int:
+    """How many points a `sweep` without fine-tuning still has to measure, at most."""
+
+    def unknown(component: str, choices: Sequence[Choice]) -> int:
+        return sum((component, choice, False) not in options.known for choice in choices)
+
+    total = 0
+    for component, grid in grids.items():
+        total += unknown(component, grid.unpruned)
+        for method in grid.methods:
+            for level in grid.levels:
+                choices = grid.choices(method, level)
+                total += (missing := unknown(component, choices))
+                found = [options.known[component, c, False].value for c in choices if not missing]
+                if found and min(found) > options.stop_above:
+                    break
+    return total
+
+
 def _points(
     model: Transducer,
     component: str,

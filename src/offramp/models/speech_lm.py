@@ -24,7 +24,7 @@ from offramp.errors import ConfigError, InputError
 from offramp.nn.device import upload
 from offramp.nn.heads import Heads, build_heads
 from offramp.nn.layers import View
-from offramp.nn.projector import Projector
+from offramp.nn.projector import AnyProjector, CTCProjector, build_projector, token_runs
 from offramp.nn.tower import Tower
 from offramp.tokenizer import TextTokenizer
 
@@ -108,7 +108,7 @@ class SpeechLM(nn.Module):
         prompt: PromptTokens,
         encoder: SpeechEncoder,
         decoder: TextDecoder,
-        projector: Projector | None = None,
+        projector: AnyProjector | None = None,
     ) -> None:
         """projector: None: a new one. ConfigError: `config` is not of that encoder or decoder."""
         super().__init__()
@@ -124,7 +124,7 @@ class SpeechLM(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         width = config.decoder.d_model
         if projector is None:
-            projector = Projector(config.projector, encoder.config.d_model, width)
+            projector = build_projector(config.projector, encoder.config.d_model, width)
         self.projector = projector
         self.heads = None if config.heads is None else build_heads(config.heads, config.decoder)
 
@@ -146,22 +146,45 @@ class SpeechLM(nn.Module):
     def hear(self, inputs: Tensor, lengths: Tensor, exits: Sequence[int] | None = None) -> Heard:
         """What the encoder reads, of which `lengths` [B] are real -> what the decoder is to know.
 
-        exits: whose CTC to read; None: the one that drafts alone. No layer runs twice. InputError:
-        an utterance is too long for the decoder, or too short for the encoder.
+        exits: whose CTC to read; None: the one that drafts alone, which is read in any case if the
+        projector goes by it. No layer runs twice. InputError: an utterance is too long for the
+        decoder, or too short for the encoder.
         """
         self._check_room(lengths)
         drafting = self.config.ctc_exit
         if exits is None:
             exits = () if drafting is None else (drafting,)
+        if drafting is not None and self.config.projector.kind == "ctc":
+            exits = (*exits, drafting)
         state, read = self.encoder.embed(inputs, lengths), {}
         for exit_layer in sorted(set(exits)):
             state = self.encoder.run(state, state.layer, exit_layer)
             read[exit_layer] = self.encoder.log_probs(state, exit_layer)
         state = self.encoder.run(state, state.layer, self.encoder.config.num_layers)
-        projected = self.projector(state.h, state.lengths)
-        counts = map(self.projector.output_frames, state.lengths.tolist())
-        audio = [row[:n] for row, n in zip(projected, counts, strict=True)]
-        return Heard(audio, None if drafting is None else read.get(drafting), state.lengths, read)
+        log_probs = None if drafting is None else read.get(drafting)
+        audio = self._audio(state.h, state.lengths, log_probs)
+        return Heard(audio, log_probs, state.lengths, read)
+
+    def _audio(self, h: Tensor, lengths: Tensor, log_probs: Tensor | None) -> list[Tensor]:
+        """The embeddings [N_b, D] of each utterance, of the encoder's last state h [B, T', D']."""
+        if not isinstance(self.projector, CTCProjector):
+            counts = map(self.projector.output_frames, lengths.tolist())
+            projected = self.projector(h, lengths)
+            return [row[:n] for row, n in zip(projected, counts, strict=True)]
+        assert log_probs is not None, "SpeechLMConfig sees to it"
+        best = zip(log_probs.argmax(-1), lengths.tolist(), strict=True)
+        labels = [row[:n] for row, n in best]
+        begins = [token_runs(row, self.encoder.config.blank_id) for row in labels]
+        audio = self.projector(h, lengths, begins)
+        return [
+            x + self._spelled(row[at]) for x, row, at in zip(audio, labels, begins, strict=True)
+        ]
+
+    def _spelled(self, labels: Tensor) -> Tensor:
+        """The decoder's own embeddings [N, D] of CTC's labels [N]; zeros for the blank."""
+        blank = labels == self.encoder.config.blank_id
+        embedded = self.decoder.embed(labels.masked_fill(blank, 0)[None])[0]
+        return embedded.masked_fill(blank[:, None], 0.0)
 
     def prefixes(self, heard: Heard) -> list[Tensor]:
         """Embeddings [m_b, D] of all that stands before `first_token`."""

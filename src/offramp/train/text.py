@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from offramp.config import DecoderConfig, check_counts
+from offramp.config import DecoderConfig, check_counts, check_share
 from offramp.data import corpora
 from offramp.data.batching import PromptCompletions, TokenBatch, TokenBatches, TokenWindows, windows
 from offramp.data.synthetic import book_sentences, transcript_sentences
@@ -39,6 +39,7 @@ from offramp.train.loop import (
 Pairs = list[tuple[list[int], list[int]]]  # (prompt, completion), each in tokens
 
 CORPORA = ("books", "top", "sentences")
+_LEFT_OUT, _REPLACED, _ADDED = 0.08, 0.15, 0.04  # of the tokens that are misheard
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class TextRecipe:
     or name) to start from, whose tokenizer is kept. corpus: `books` (windows of `seq_len`
     tokens), `top` (utterance -> parse pairs, loss on the parse) or `sentences` (one by one, as
     transcripts are written). tokens_of: a CTC encoder of ours (folder or name) behind which the
-    new tower is to write sentences, in its tokens. autocast: "bf16" for mixed precision, or
-    "none".
+    new tower is to write sentences, in its tokens. misheard: share of the sentences that stand
+    before BOS too, with mistakes, as a Speech-LM reads what its CTC wrote (`ProjectorConfig`): the
+    tower learns to write them without. autocast: "bf16" for mixed precision, or "none".
     """
 
     name: str
@@ -61,6 +63,7 @@ class TextRecipe:
     layerskip: LayerSkipConfig = field(default_factory=LayerSkipConfig)
     seq_len: int = 256
     tokens_of: str | None = None
+    misheard: float = 0.0
     autocast: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -69,6 +72,11 @@ class TextRecipe:
         if self.autocast not in ("bf16", "none"):
             raise ConfigError(f"autocast is {self.autocast!r}; allowed: bf16, none")
         check_counts(1, batch_size=self.batch_size, seq_len=self.seq_len)
+        check_share(misheard=self.misheard)
+        if self.misheard and self.corpus != "sentences":
+            raise ConfigError(
+                f"corpus is {self.corpus!r}, and sentences alone can be misheard; set misheard to 0"
+            )
         if self.tokens_of is not None and self.corpus != "sentences":
             raise ConfigError(
                 f"corpus is {self.corpus!r}, and the tokens of an encoder, {self.tokens_of}, write "
@@ -205,12 +213,14 @@ def _sentences(recipe: TextRecipe, tokenizer: TextTokenizer) -> Corpus:
     texts = [s.text for s in (*book_sentences("train"), *transcript_sentences("train"))]
     dev = [s.text for s in book_sentences("dev")[:512]]
     dev = dev[: len(dev) - len(dev) % recipe.batch_size]  # in whole batches, like the training
-    held = sentence_pairs(tokenizer, dev)
+    seed, share = recipe.train.seed, recipe.misheard
+    held = misheard(sentence_pairs(tokenizer, dev), share, seed)
     num_targets = sum(len(tokens) for _, tokens in held)
     units = {"nll": 1.0, "bpc": math.log(2) * sum(map(len, dev)) / max(1, num_targets)}
     # Any token pads: it stands behind what a causal tower reads, and has no target.
     pad = _special(tokenizer, EOS)
-    return _pairs_corpus(recipe, sentence_pairs(tokenizer, texts), held, pad, units)
+    train = misheard(sentence_pairs(tokenizer, texts), share, seed)
+    return _pairs_corpus(recipe, train, held, pad, units)
 
 
 def _pairs_corpus(
@@ -263,6 +273,35 @@ def sentence_pairs(tokenizer: TextTokenizer, texts: list[str]) -> Pairs:
     """(BOS, sentence with EOS) in tokens, for each text."""
     bos, eos = _special(tokenizer, BOS), _special(tokenizer, EOS)
     return [([bos], [*ids, eos]) for ids in tokenizer.encode_batch(texts, special=False)]
+
+
+def misheard(pairs: Pairs, share: float, seed: int) -> Pairs:
+    """`pairs` with about that share of the completions before the prompt too, with mistakes.
+
+    Of their tokens some are left out, some replaced by others of the corpus, some follow that
+    nobody said, about as often as a small recogniser errs; which is a function of `seed`.
+    """
+    if not share:
+        return pairs
+    generator = np.random.default_rng(seed)
+    others = np.array([token for _, tokens in pairs for token in tokens[:-1]], np.int64)
+
+    def heard(tokens: list[int]) -> list[int]:
+        chance = generator.random(len(tokens))
+        other = generator.choice(others, len(tokens)).tolist()
+        made: list[int] = []
+        for token, x, instead in zip(tokens, chance.tolist(), other, strict=True):
+            if x < _LEFT_OUT + _REPLACED:
+                made += [instead] if x >= _LEFT_OUT else []
+            else:
+                made += [token, instead] if x >= 1 - _ADDED else [token]
+        return made
+
+    chosen = (generator.random(len(pairs)) < share).tolist()
+    return [
+        ([*heard(tokens[:-1]), *prompt], tokens) if taken else (prompt, tokens)
+        for (prompt, tokens), taken in zip(pairs, chosen, strict=True)
+    ]
 
 
 def _special(tokenizer: TextTokenizer, token: str) -> int:
