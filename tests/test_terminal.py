@@ -82,7 +82,8 @@ def test_unwritable_places_are_refused(tmp_path):
     ("exit_losses", "audio_s_per_s", "expected"),
     [
         ({}, None, "loss 2.500  1,200 tokens/s"),
-        ({2: 3.5, 4: 2.5}, 61.0, "3.50 2.50  61 s of audio"),
+        ({2: 3.5, 4: 2.5}, 61.0, "loss 3.50 2.50  61 s of audio"),
+        ({2: 3.5, 4: 2.6}, 61.0, "loss 2.500, exits 3.50 2.60  61 s of audio"),
     ],
 )
 def test_training_shows_loss_pace_and_evaluations(

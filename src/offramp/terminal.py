@@ -382,8 +382,13 @@ def train_progress(name: str, steps: int, events: Iterable[TrainEvent]) -> None:
 
 
 def _loss(event: StepDone) -> str:
-    """At every exit where that is known, the last one's at the end."""
-    return " ".join(f"{loss:.2f}" for loss in event.exit_losses.values()) or f"{event.loss:.3f}"
+    """At every exit where that is known, the last one's at the end; where the loss is not that of
+    the last exit, both."""
+    exits = " ".join(f"{loss:.2f}" for loss in event.exit_losses.values())
+    if not exits:
+        return f"{event.loss:.3f}"
+    is_last = event.loss == list(event.exit_losses.values())[-1]
+    return exits if is_last else f"{event.loss:.3f}, exits {exits}"
 
 
 def _pace(event: StepDone) -> str:
