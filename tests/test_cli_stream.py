@@ -238,6 +238,7 @@ def test_profile_shows_and_writes_every_hardware(
     assert ("Not measured: " in out) == (made["measured"] is None)
 
 
+@pytest.mark.slow
 def test_profile_draws_a_figure(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path
 ) -> None:

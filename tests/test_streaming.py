@@ -260,6 +260,7 @@ def test_a_beam_tells_what_else_was_perhaps_said(toy: StreamingRecognizer) -> No
 
 @pytest.mark.parametrize("part", ["encoder.output_projection", "predictor.output", "joiner.tokens"])
 @pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_refused(
     tmp_path: Path, part: str, compressed: bool
 ) -> None:

@@ -206,6 +206,7 @@ def test_progress_covers_every_utterance(recogniser_folder: Path, manifest: Path
     assert seen[-1] == (4, 4)
 
 
+@pytest.mark.slow
 def test_references_are_normalised_and_what_has_no_reading_is_left_out(
     recogniser_folder: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def test_beam_searches_are_policies_too(folder: Path, manifest: Path) -> None:
 
 
 @needs_kenlm
+@pytest.mark.slow
 def test_a_language_model_has_its_own_figures(folder: Path, manifest: Path, tmp_path: Path) -> None:
     train_ngram(["do mi do", "mi do"] * 3, 2, tmp_path / "lm.arpa")
     found = run(folder, AsrData(manifest), AsrOptions(beam_size=4, lm=tmp_path / "lm.arpa"))

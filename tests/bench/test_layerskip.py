@@ -61,6 +61,7 @@ def report(folder: Path) -> layerskip.LayerSkipReport:
     return layerskip.run(str(folder), options)
 
 
+@pytest.mark.slow
 def test_the_json_has_the_keys_of_the_issue(report):
     made = json.loads(json.dumps(report.to_dict()))
     assert set(made) >= KEYS and set(made["tokens_per_s"]) == ARMS

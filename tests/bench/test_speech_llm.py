@@ -272,6 +272,7 @@ def test_the_command_writes_all_of_it_and_fails_where_something_is_not_equal(
     )
 
 
+@pytest.mark.slow
 def test_the_curve_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plot_thresholds(report().sets, tmp_path / "f.png")

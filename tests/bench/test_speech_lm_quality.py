@@ -71,6 +71,7 @@ def test_every_draft_is_what_single_utterances_give(folder: Path, manifest: Path
     assert all(calls[name] <= calls["beam_none"] for name in BEAMS)
 
 
+@pytest.mark.slow
 def test_json_has_the_figures_of_every_draft(folder: Path, manifest: Path) -> None:
     told = json.loads(json.dumps(run(str(folder), AsrData(manifest, limit=2)).to_dict()))
     assert (told["utterances"], told["left_out"], told["identical"]) == (2, 0, True)
@@ -82,6 +83,7 @@ def test_json_has_the_figures_of_every_draft(folder: Path, manifest: Path) -> No
         assert figures["rtf"] == pytest.approx(sum(split.values()))
 
 
+@pytest.mark.slow
 def test_a_draft_that_changes_the_text_is_found_out(
     folder: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +103,7 @@ def test_a_draft_that_changes_the_text_is_found_out(
     assert report.ways["mtp"].to_dict()["identical"] is False
 
 
+@pytest.mark.slow
 def test_only_drafts_that_the_model_has_take_part(tmp_path: Path, manifest: Path) -> None:
     toy_speech_lm.varied(0, 1.0, ctc_exit=3).save(tmp_path / "headless")
     report = run(str(tmp_path / "headless"), AsrData(manifest, limit=1), 2)

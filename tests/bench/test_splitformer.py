@@ -263,6 +263,7 @@ def _texts_alone(model: Recognizer, samples: list[torch.Tensor]) -> list[list[st
     return texts
 
 
+@pytest.mark.slow
 def test_ours_is_set_beside_each_baseline_at_its_own_time(
     options: SplitformerOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,6 +209,7 @@ def test_a_candidate_costs_what_the_compressed_model_does() -> None:
     assert calls == pytest.approx([25 / 3, 13 / 3])
 
 
+@pytest.mark.slow
 def test_levels_between_the_measured_ones_are_planned_and_none_beyond() -> None:
     model = transducer()
     told = sensitivity(model)

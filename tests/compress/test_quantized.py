@@ -151,6 +151,7 @@ def test_a_quantised_layer_does_not_train() -> None:
     assert not any(p.requires_grad for p in layer.parameters())
 
 
+@pytest.mark.slow
 def test_embeddings_and_convolutions_read_what_their_weight_says() -> None:
     table = quantized(nn.Embedding(11, 24))
     assert isinstance(table, QuantizedEmbedding)

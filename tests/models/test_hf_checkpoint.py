@@ -102,6 +102,7 @@ def test_pieces_write_what_the_tokenizer_decodes(name: str, tmp_path: Path) -> N
     assert it.reader.encode_batch([""]) == [[]]
 
 
+@pytest.mark.slow
 def test_words_have_times_of_the_models_frames(tmp_path: Path) -> None:
     """A character model has a token between words; 160 samples, or 8 frames of 10 ms, a frame."""
     it = speech(tmp_path / "raw", RAW)

@@ -312,6 +312,7 @@ def test_every_model_trains_with_everything_on(changes: dict[str, Any]) -> None:
         assert gradient(it).isfinite().all()
 
 
+@pytest.mark.slow
 def test_training_learns_to_write_the_batch_at_every_exit() -> None:
     batch = speech(0)
     it = task(CTCTraining(augment=None), batches=Fixed(batch), dev=[batch, batch])

@@ -127,6 +127,7 @@ def test_word_errors_reach_the_updates_alone() -> None:
     "changes",
     thinned({"average": {"average": 0.5}, "muon": {"optimizer": "muon"}}, ["average"]),
 )
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_bits(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_a_process_that_dies_is_told_in_one_line():
                 ahead.batch(0, 0, 1)
 
 
+@pytest.mark.slow
 def test_what_is_made_ahead_is_what_would_have_been_made():
     """From any step on, in any order: a resumed run starts in the middle."""
     with closing(PrefetchedBatches(Made(), total_steps=9)) as ahead:

@@ -240,6 +240,7 @@ def text_decoder(tmp_path: Path) -> str:
     return str(tmp_path / "text")
 
 
+@pytest.mark.slow
 def test_a_decoder_that_learned_from_text_goes_on_from_there(
     manifest: str, encoder: str, text_decoder: str, tmp_path: Path
 ) -> None:
@@ -310,6 +311,7 @@ def test_a_decoder_of_other_tokens_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_word_errors_teach_what_plain_training_would_leave(
     manifest: str, encoder: str, tmp_path: Path
 ) -> None:

@@ -112,6 +112,7 @@ def test_a_killed_run_resumes_to_the_same_exits(
     assert {"loss_exit_2", f"token_error_rate_exit_{L}"} <= look.keys()
 
 
+@pytest.mark.slow
 def test_exit_heads_learn_on_a_frozen_model() -> None:
     encoder = toy(FEATURES)
     encoder.requires_grad_(True).train().freeze_base()
