@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+import damage
 from offramp.compress.checkpoint import load_compressed, save_compressed
 from offramp.compress.heads import HeadPruning
 from offramp.compress.magnitude import MagnitudePruning
@@ -36,15 +36,6 @@ def change_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], N
         values = json.loads(path.read_text())
         change(values)
         path.write_text(json.dumps(values))
-
-    return rewrite
-
-
-def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def rewrite(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
 
     return rewrite
 
@@ -94,20 +85,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "packing of a list": (change_config(lambda v: v.update(packed=[1])), "config.json: .*anew"),
     "a tensor gone": (
-        change_tensors(lambda t: t.pop(f"{QKV}.linear.codes.values")),
+        damage.tensors(lambda t: t.pop(f"{QKV}.linear.codes.values")),
         "lacks the tensor .*codes.values",
     ),
-    "a tensor too many": (change_tensors(lambda t: t.update(x=torch.ones(1))), "first: x"),
+    "a tensor too many": (damage.tensors(lambda t: t.update(x=torch.ones(1))), "first: x"),
     "an index of another size": (
-        change_tensors(lambda t: t.update({f"{QKV}.linear.codes.index": torch.zeros(3).byte()})),
+        damage.tensors(lambda t: t.update({f"{QKV}.linear.codes.index": torch.zeros(3).byte()})),
         "codes cannot be unpacked, its index does not fit",
     ),
     "scales of another kind": (
-        change_tensors(lambda t: t.update({f"{QKV}.linear.scales": torch.ones(24).int()})),
+        damage.tensors(lambda t: t.update({f"{QKV}.linear.scales": torch.ones(24).int()})),
         "scales is torch.int32 .24., config.json says torch.float32",
     ),
     "channels that are not there": (
-        change_tensors(lambda t: t[f"{QKV}.outputs"].add_(40)),
+        damage.tensors(lambda t: t[f"{QKV}.outputs"].add_(40)),
         f"{QKV} keeps channels that are not among its 48",
     ),
 }

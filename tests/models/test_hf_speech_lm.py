@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from commands import offramp
+from damage import Damage, tensors
 from offramp.audio.io import SAMPLE_RATE
 from offramp.audio.vad import VadOptions
 from offramp.decoding.speech_lm import SpeechLMOptions, available_drafts
@@ -307,9 +308,6 @@ def test_files_of_either_spelling_and_of_half_floats_are_read(
             assert x.dtype == dtype and torch.equal(x, whole[name].bfloat16().to(dtype)), name
 
 
-Damage = Callable[[Path], Any]
-
-
 def config(**changes: Any) -> Damage:
     """A dict changes a part's settings."""
 
@@ -321,15 +319,6 @@ def config(**changes: Any) -> Damage:
         path.write_text(json.dumps(values))
 
     return change
-
-
-def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
-    def rewrite(folder: Path) -> None:
-        stored = load_file(folder / "model.safetensors")
-        change(stored)
-        save_file(stored, folder / "model.safetensors")
-
-    return rewrite
 
 
 def gone(name: str) -> Damage:

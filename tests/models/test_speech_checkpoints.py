@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import toy_encoder
 import toy_transducer
+from damage import Damage, tensors
 from offramp.errors import CheckpointError, InputError
 from offramp.models.ctc_checkpoint import load_encoder, load_encoder_config, save_encoder
 from offramp.models.transducer_checkpoint import (
@@ -129,9 +130,6 @@ def test_a_folder_of_other_files_is_not_replaced(kind: Kind, tmp_path: Path) -> 
 # -- damage --------------------------------------------------------------------------------------
 
 
-Damage = Callable[[Path], Any]
-
-
 def config(**changes: Any) -> Damage:
     """The value "gone" takes a setting away."""
 
@@ -141,15 +139,6 @@ def config(**changes: Any) -> Damage:
         path.write_text(json.dumps({k: v for k, v in values.items() if v != "gone"}))
 
     return change
-
-
-def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
-    def rewrite(folder: Path) -> None:
-        stored = load_file(folder / "model.safetensors")
-        change(stored)
-        save_file(stored, folder / "model.safetensors")
-
-    return rewrite
 
 
 def cut(name: str, keep: float) -> Damage:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import toy
 import toy_encoder
 import toy_hf
 import toy_speech_lm
+from damage import Damage, tensors
 from offramp.config_speech_lm import HeadsConfig, ProjectorConfig
 from offramp.errors import CheckpointError, ConfigError, InputError
 from offramp.models.ctc import CTCEncoder
@@ -222,8 +222,6 @@ def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 # -- damage --------------------------------------------------------------------------------------
 
-Damage = Callable[[Path], Any]
-
 
 def config(**changes: Any) -> Damage:
     """The value "gone" takes a setting away; a dict changes a part's."""
@@ -236,15 +234,6 @@ def config(**changes: Any) -> Damage:
         path.write_text(json.dumps({k: v for k, v in values.items() if v != "gone"}))
 
     return change
-
-
-def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
-    def rewrite(folder: Path) -> None:
-        stored = load_file(folder / "model.safetensors")
-        change(stored)
-        save_file(stored, folder / "model.safetensors")
-
-    return rewrite
 
 
 def without(part: str) -> Damage:

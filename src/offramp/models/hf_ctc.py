@@ -71,6 +71,14 @@ class EncoderState:
     layer: int
     positions: Tensor | None = None
 
+    def check_run(self, start: int, stop: int, num_layers: int) -> None:
+        """InputError: layers start ... stop-1 are not those that come next."""
+        if not start <= stop <= num_layers or start != self.layer:
+            raise InputError(
+                f"layers {start} to {stop} were asked for after {self.layer} layers; "
+                f"allowed: {self.layer} <= stop <= {num_layers}, from {self.layer} on"
+            )
+
     def select(self, rows: Tensor | Sequence[int]) -> EncoderState:
         """The utterances `rows` [K] alone, without frames that are padding in all of them."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.h.device)
@@ -167,12 +175,7 @@ class PretrainedCTCEncoder(nn.Module):
 
     def run(self, state: EncoderState, start: int, stop: int) -> EncoderState:
         """Layers start ... stop-1, counted from 0; `start` is where `state` has got to."""
-        L = self.config.num_layers
-        if not start <= stop <= L or start != state.layer:
-            raise InputError(
-                f"layers {start} to {stop} were asked for after {state.layer} layers; "
-                f"allowed: {state.layer} <= stop <= {L}, from {state.layer} on"
-            )
+        state.check_run(start, stop, self.config.num_layers)
         if start == stop:
             return state
         return replace(

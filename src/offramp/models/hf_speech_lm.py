@@ -142,11 +142,7 @@ class AudioTower(nn.Module):
         Behind the last one frames are half as many.
         """
         L = self.config.num_layers
-        if not start <= stop <= L or start != state.layer:
-            raise InputError(
-                f"layers {start} to {stop} were asked for after {state.layer} layers; "
-                f"allowed: {state.layer} <= stop <= {L}, from {state.layer} on"
-            )
+        state.check_run(start, stop, L)
         if start == stop:
             return state
         from transformers.masking_utils import create_bidirectional_mask
