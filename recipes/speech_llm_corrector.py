@@ -1,7 +1,7 @@
 """speech-llm-tiny, second stage: its decoder learns to correct what a recogniser wrote.
 
-Nine sentences of ten stand before BOS too, with a quarter of their tokens wrong: the form in which the
-next stage shows it what asr-tiny's CTC heard. A step takes about 1.3 s of one core.
+Nine sentences of ten stand before BOS too, with a quarter of their tokens wrong: the form in which
+the next stage shows it what asr-tiny's CTC heard. A step takes about 1.3 s of one core.
 """
 
 from offramp.train.layerskip import LayerSkipConfig
