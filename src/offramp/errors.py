@@ -40,3 +40,8 @@ class TrainingError(OfframpError):
 
 class InputError(OfframpError):
     """An argument that is out of range or of the wrong kind."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error of another library says; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -76,11 +76,6 @@ def development(data: Sequence[str], half: int, limit: int | None = None) -> lis
     return found
 
 
-def arms_folder(runs: Path, finetune_steps: int) -> Path:
-    """Of arms that are fine-tuned for so many steps."""
-    return runs / f"{finetune_steps}-steps"
-
-
 def find_arms(runs: Path) -> dict[str, dict[int, Path]]:
     """Arm -> seed -> checkpoint; every arm has the seeds that any of them has.
 

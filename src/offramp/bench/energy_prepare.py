@@ -45,7 +45,6 @@ from offramp.bench.energy_arms import (
     PLANNING,
     RUNS,
     Outcome,
-    arms_folder,
     best_of,
     development,
     find_arms,
@@ -165,8 +164,8 @@ class ArmsOptions:
 
     @property
     def arms(self) -> Path:
-        """The folder of the arms."""
-        return arms_folder(self.runs, self.finetune_steps)
+        """The folder of arms that are fine-tuned for so many steps."""
+        return self.runs / f"{self.finetune_steps}-steps"
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,9 @@ from offramp.config import check_counts, check_positive
 from offramp.decoding.drafts import DecodeState, Draft, Proposal
 from offramp.decoding.sampling import Chooser, Sampling
 from offramp.decoding.speculative import speculate
-from offramp.decoding.speech_lm import DraftName, SpeechLMOptions, SpeechLMPlan
+from offramp.decoding.speech_lm import DraftName, SpeechLMOptions, SpeechLMPlan, most_tokens
 from offramp.decoding.stopping import RowEnd, Stop
-from offramp.decoding.tower_beam import TextHypothesis, TowerBeam, tower_beam
-from offramp.decoding.verified_beam import CTCTails, HeadTails, TailDraft, verified_beam
-from offramp.energy.trace import Trace
-from offramp.nn.tower import TracedTower
+from offramp.decoding.tower_beam import TextHypothesis
 from offramp.results import ratio
 from offramp.speech_lm_recognizer import SpeechLMRecognizer
 
@@ -88,21 +85,13 @@ class SearchPlan(SpeechLMPlan):
     @torch.inference_mode()
     def search(self, inputs: Tensor, lengths: Tensor) -> Searched:
         """What the encoder reads of one utterance, and how long it is [1]."""
-        model, draft = self._model, self.options.draft
-        heard = model.hear(inputs, lengths)
-        (prefix,), (said,) = model.prefixes(heard), self._said(heard)
-        most = min(model.room(int(lengths[0])), int(heard.frames[0]) + 1)
-        tower = TracedTower(model.decoder, Trace(model.config.decoder.num_layers))
-        beam, prompt = TowerBeam(most, self._eos_ids, BEAM_SIZE), [model.first_token]
-        if draft == "none":
-            found = tower_beam(tower, prompt, beam, prefix)
-        else:
-            of_ctc = draft == "ctc"
-            tails: TailDraft = CTCTails(said) if of_ctc else HeadTails(self._heads, model.decoder)
-            found = verified_beam(tower, prompt, beam, tails, prefix)
-        tokens = [token for token in found[0].tokens if token not in self._eos_ids]
+        heard = self._model.hear(inputs, lengths)
+        (prefix,), (said,) = self._model.prefixes(heard), self._said(heard)
+        (most,) = most_tokens(self._model, heard, lengths)
+        found, calls = self._search(prefix, said, most, BEAM_SIZE)
+        tokens = [token for token in found.tokens if token not in self._eos_ids]
         text = " ".join(self._tokenizer.decode(tokens).split())
-        return Searched(found[0], text, tower.trace.layer_calls[-1])
+        return Searched(found, text, calls)
 
 
 # -- sampling ------------------------------------------------------------------------------------

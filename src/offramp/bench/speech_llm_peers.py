@@ -25,7 +25,7 @@ from offramp.data.manifest import Utterance
 from offramp.decoding.ctc import text
 from offramp.decoding.early_exit_ctc import EarlyExitOptions, early_exit
 from offramp.decoding.exit_policies import FixedExit
-from offramp.decoding.speech_lm import PartTimes, SpeechText
+from offramp.decoding.speech_lm import PartTimes, SpeechText, most_tokens
 from offramp.errors import InputError
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_checkpoint import quiet
@@ -96,8 +96,7 @@ class TransformersDecoder:
         inputs, lengths = self._recognizer.reader.inputs(samples)
         heard = model.hear(inputs, lengths)
         listened = time.perf_counter()
-        pairs = zip(lengths.tolist(), heard.frames.tolist(), strict=True)
-        most = [min(model.room(n), frames + 1) for n, frames in pairs]
+        most = most_tokens(model, heard, lengths)
         first = model.decoder.embed(torch.tensor([[model.first_token]]))[0]
         prefixes = [torch.cat((prefix, first)) for prefix in model.prefixes(heard)]
         made = [self._generate(theirs, settings, *x) for x in zip(prefixes, most, strict=True)]

@@ -11,7 +11,8 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -132,49 +133,53 @@ def sweep(
     options: SweepOptions = SweepOptions(),
 ) -> Iterator[Point]:
     """Every point as soon as it is measured; `model` stays as it is."""
+    yield from _walk(grids, options, partial(_points, model, measure, options))
+
+
+def to_measure(grids: Mapping[str, Grid], options: SweepOptions = SweepOptions()) -> int:
+    """How many points a `sweep` without fine-tuning still has to measure, at most."""
+
+    def looked_up(component: str, choices: Sequence[Choice], finetuned: bool) -> Iterator[Point]:
+        for choice in choices:
+            found = options.known.get((component, choice, finetuned), _UNKNOWN)
+            yield Point(component, choice, finetuned, found)
+
+    points = _walk(grids, replace(options, finetune=None), looked_up)
+    return sum(point.increase is _UNKNOWN for point in points)
+
+
+_UNKNOWN = Increase(-math.inf, (-math.inf, math.inf))  # after which a higher level is tried
+
+
+def _walk(
+    grids: Mapping[str, Grid],
+    options: SweepOptions,
+    points: Callable[[str, Sequence[Choice], bool], Iterator[Point]],
+) -> Iterator[Point]:
+    """Every point in the order of a sweep; points: of a component and choices that differ in how
+    they are quantised only, fine-tuned or not."""
     for component, grid in grids.items():
-        yield from _points(model, component, grid.unpruned, measure, options, False)
+        yield from points(component, grid.unpruned, False)
         for method in grid.methods:
             for level in grid.levels:
-                choices = grid.choices(method, level)
                 found = []
                 for finetuned in (False,) if options.finetune is None else (False, True):
-                    for point in _points(model, component, choices, measure, options, finetuned):
+                    for point in points(component, grid.choices(method, level), finetuned):
                         found.append(point.increase.value)
                         yield point
                 if min(found) > options.stop_above:
                     break
 
 
-def to_measure(grids: Mapping[str, Grid], options: SweepOptions = SweepOptions()) -> int:
-    """How many points a `sweep` without fine-tuning still has to measure, at most."""
-
-    def unknown(component: str, choices: Sequence[Choice]) -> int:
-        return sum((component, choice, False) not in options.known for choice in choices)
-
-    total = 0
-    for component, grid in grids.items():
-        total += unknown(component, grid.unpruned)
-        for method in grid.methods:
-            for level in grid.levels:
-                choices = grid.choices(method, level)
-                total += (missing := unknown(component, choices))
-                found = [options.known[component, c, False].value for c in choices if not missing]
-                if found and min(found) > options.stop_above:
-                    break
-    return total
-
-
 def _points(
     model: Transducer,
-    component: str,
-    choices: Sequence[Choice],
     measure: Measure,
     options: SweepOptions,
+    component: str,
+    choices: Sequence[Choice],
     finetuned: bool,
 ) -> Iterator[Point]:
-    """Of choices that differ in how they are quantised only: pruned and fine-tuned once, if at
-    all."""
+    """Pruned and fine-tuned once, if at all."""
     smaller = None
     for choice in choices:
         found = options.known.get((component, choice, finetuned))

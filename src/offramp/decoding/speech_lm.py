@@ -153,6 +153,15 @@ def available_drafts(model: SpeechLM) -> tuple[DraftName, ...]:
     return tuple(name for name in DRAFTS if has[name])
 
 
+def most_tokens(model: SpeechLM, heard: Heard, lengths: Tensor) -> list[int]:
+    """The most tokens that a text of each row may have, its end included; lengths: as in `hear`.
+
+    InputError: an utterance leaves the decoder no room for a text.
+    """
+    pairs = zip(lengths.tolist(), heard.frames.tolist(), strict=True)
+    return [min(model.room(n), frames + 1) for n, frames in pairs]
+
+
 class SpeechLMPlan:
     """Options made ready for a model."""
 
@@ -254,12 +263,10 @@ class SpeechLMPlan:
         return self._model.heads
 
     def _rows(self, heard: Heard, lengths: Tensor, said: Sequence[tuple[int, ...]]) -> list[_Row]:
-        pairs = zip(lengths.tolist(), heard.frames.tolist(), strict=True)
-        most = [min(self._model.room(n), frames + 1) for n, frames in pairs]
-        prefixes = self._model.prefixes(heard)
+        most, prefixes = most_tokens(self._model, heard, lengths), self._model.prefixes(heard)
         if self.options.beam_size is not None:
             triples = zip(prefixes, said, most, strict=True)
-            return [self._beam(*triple, self.options.beam_size) for triple in triples]
+            return [_Row.of(*self._search(*triple, self.options.beam_size)) for triple in triples]
         guards: list[Guard | None] = [None] * len(most)
         if self.options.guard == "stop":
             found = [self._log_probs(heard, b) for b in range(len(most))]
@@ -312,7 +319,10 @@ class SpeechLMPlan:
             }
         )
 
-    def _beam(self, prefix: Tensor, said: Sequence[int], most: int, beam_size: int) -> _Row:
+    def _search(
+        self, prefix: Tensor, said: Sequence[int], most: int, beam_size: int
+    ) -> tuple[TextHypothesis, int]:
+        """What a beam search finds best, and how often the decoder was called."""
         model = self._model
         tower = TracedTower(model.decoder, Trace(model.config.decoder.num_layers))
         beam, prompt = TowerBeam(most, self._eos_ids, beam_size), [model.first_token]
@@ -322,7 +332,7 @@ class SpeechLMPlan:
             of_ctc = self.draft == "ctc"
             tails: TailDraft = CTCTails(said) if of_ctc else HeadTails(self._heads, model.decoder)
             found = verified_beam(tower, prompt, beam, tails, prefix)
-        return _Row.of(found[0], tower.trace.layer_calls[-1])
+        return found[0], tower.trace.layer_calls[-1]
 
 
 class _Plain(NoDraft):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.audio.io import SAMPLE_RATE
-from offramp.errors import CheckpointError, ConfigError, DataError, InputError
+from offramp.errors import CheckpointError, ConfigError, DataError, InputError, first_line
 from offramp.files import replacing
 from offramp.models.hf_ctc import (
     FAMILIES,
@@ -135,7 +135,7 @@ class PretrainedSpeech:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
             raise CheckpointError(
-                f"cannot load how {folder} reads and writes: {_first_line(error)}; it needs its "
+                f"cannot load how {folder} reads and writes: {first_line(error)}; it needs its "
                 "preprocessor_config.json and its tokenizer"
             ) from error
         rate = getattr(extractor, "sampling_rate", None)
@@ -180,7 +180,7 @@ def load_pretrained(
         config = transformers.AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot load {source}: {_first_line(error)}; give a folder or name"
+            f"cannot load {source}: {first_line(error)}; give a folder or name"
         ) from error
     cls = getattr(transformers, class_name(config.model_type))
     try:
@@ -188,7 +188,7 @@ def load_pretrained(
             model, info = cls.from_pretrained(str(source), output_loading_info=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot load {source}: {_first_line(error)}; fetch it again"
+            f"cannot load {source}: {first_line(error)}; fetch it again"
         ) from error
     # The mask vector only serves SpecAugment.
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("masked_spec_embed"))
@@ -281,10 +281,6 @@ def _normalized(samples: Tensor) -> Tensor:
     samples = samples.float()
     variance = samples.var(correction=0)
     return (samples - samples.mean()) / (variance + _VARIANCE_FLOOR).sqrt()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from offramp.audio.io import SAMPLE_RATE
 from offramp.audio.reader import Reader
 from offramp.config import DecoderConfig
 from offramp.config_speech_lm import AUDIO, ProjectorConfig, SpeechLMConfig
-from offramp.errors import CheckpointError, ConfigError, InputError
+from offramp.errors import CheckpointError, ConfigError, InputError, first_line
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_checkpoint import quiet
 from offramp.models.hf_config import eos_ids, from_hf
@@ -297,10 +297,9 @@ def _described(folder: Path) -> tuple[Any, Any]:
                 str(folder), trust_remote_code=False
             )
     except Exception as error:  # the library raises many kinds, all of them "cannot be read"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"cannot load how {folder} reads and writes: {reason}; it needs its config.json, "
-            "preprocessor_config.json and tokenizer"
+            f"cannot load how {folder} reads and writes: {first_line(error)}; it needs its "
+            "config.json, preprocessor_config.json and tokenizer"
         ) from error
     return config, processor
 
@@ -343,10 +342,9 @@ def _chat_prompt(processor: Any, family: _Family, folder: Path) -> str:
     try:
         text = processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # whatever a template that somebody wrote may do
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"the chat template makes no prompt ({reason}); set prompt in config.json, with "
-            f"{AUDIO} where the audio stands"
+            f"the chat template makes no prompt ({first_line(error)}); set prompt in "
+            f"config.json, with {AUDIO} where the audio stands"
         ) from error
     return str(text).replace(processor.audio_token, AUDIO)
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from offramp.config import DecoderConfig, check_counts, strict
-from offramp.errors import CheckpointError, ConfigError, InputError
+from offramp.errors import CheckpointError, ConfigError, InputError, first_line
 from offramp.files import json_text, replacing
 from offramp.models.decoder_lm import DecoderLM
 from offramp.models.hf_config import eos_ids, from_hf, to_hf
@@ -476,8 +476,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the library raises many kinds, all of them "cannot be had"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"there is no folder {name}, and it cannot be downloaded ({reason}); check the name "
-            "and the network"
+            f"there is no folder {name}, and it cannot be downloaded ({first_line(error)}); "
+            "check the name and the network"
         ) from error
