@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import soundfile
+import torch
 
 import toy_encoder
 import toy_streaming
@@ -26,9 +27,10 @@ from offramp.compress.checkpoint import save_compressed
 from offramp.compress.components import stored_weights
 from offramp.compress.plan import Choice, CompressionPlan
 from offramp.compress.problem import Budget, Problem
+from offramp.compress.rounding import input_moments
 from offramp.compress.sensitivity import Grid, Increase, Point
 from offramp.data.manifest import Utterance, read_manifest, write_manifest
-from offramp.decoding.stream_plan import StreamOptions
+from offramp.decoding.stream_plan import StreamOptions, StreamPlan
 from offramp.errors import CheckpointError, ConfigError, DataError, InputError
 from offramp.models.ctc_checkpoint import save_encoder
 from offramp.models.fingerprint import fingerprint
@@ -315,6 +317,23 @@ def test_the_trace_is_of_recordings_all_over_the_set(
     one.push(read_audio(utterances[0].path))
     one.finish()
     assert ear.trace(recognizer.model, StreamOptions()) == one.trace
+
+
+def test_what_layers_hear_is_of_recordings_all_over_the_set(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recognizer = StreamingRecognizer.load(folder / "m")
+    model, utterances = recognizer.model, read_manifest(folder / "dev.tsv")
+    ear = Ear(model, recognizer.pieces, utterances)
+    monkeypatch.setattr("offramp.bench.compress_measure.GATHERED_S", 0.99 * SECONDS)
+    found = ear.moments(model)
+    plan = StreamPlan(model, ear.pieces, StreamOptions())
+    with input_moments(model) as expected:
+        plan.read_whole(read_audio(utterances[0].path))
+    assert found.keys() == expected.keys() >= {"joiner.tokens", "encoder.layers.0.feed_forward.up"}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    monkeypatch.setattr("offramp.bench.compress_measure.GATHERED_S", 10 * SECONDS)
+    assert float(ear.moments(model)["joiner.tokens"].sum()) > float(found["joiner.tokens"].sum())
 
 
 def test_models_of_several_seeds_are_told_together(folder: Path) -> None:

@@ -53,7 +53,10 @@ def test_bytes_by_hand() -> None:
     few[0, :10] = 0  # one bit for each would be more than these 10 bytes
     assert (pack(few, 8).layout, pack(few, 8).nbytes) == ("dense", 160)
     assert pack(torch.ones(3, 3, dtype=torch.int8), 4).nbytes == 5
-    assert (pack(torch.zeros(5)).layout, pack(torch.zeros(5)).nbytes) == ("dense", 20)
+    assert (pack(torch.zeros(5)).layout, pack(torch.zeros(5)).nbytes) == ("half", 10)
+    third = torch.full((5,), 1 / 3)  # which 16 bits do not hold
+    assert (pack(third).layout, pack(third).nbytes) == ("dense", 20)
+    assert (pack(third.half()).layout, pack(third.half()).nbytes) == ("dense", 10)
 
 
 def test_two_codes_share_a_byte_the_first_below() -> None:
@@ -90,7 +93,7 @@ def test_a_model_counts_weights_scales_and_the_rest() -> None:
     assert dense.of([up]).nbytes == 4 * (24 * 16 + 24)
     for bits in (8, 4):
         size = stored_size(WeightQuantization(bits).apply(model)).of([up])
-        assert size.nbytes == 24 * 16 * bits // 8 + 4 * 24 + 4 * 24  # codes, scales, biases
+        assert size.nbytes == 24 * 16 * bits // 8 + 2 * 24 + 2 * 24  # codes, scales, biases
         assert {t.bits for t in size.tensors if t.name.endswith("codes")} == {bits}
     half = METHODS["magnitude"](model).apply(model)
     assert stored_size(half).of([up]).nbytes == 24 * 16 // 8 + 24 * 16 // 2 * 4 + 4 * 24

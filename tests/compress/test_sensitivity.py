@@ -7,12 +7,14 @@ import io
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from offramp.compress.curves import Exponential, Lines, fit, fit_exponential, fit_lines
 from offramp.compress.packing import stored_size
@@ -161,6 +163,36 @@ def test_what_is_known_is_not_measured_again() -> None:
     assert to_measure({"joiner": GRID}, SweepOptions(known=known)) == 2
     again = list(sweep(model, {"joiner": GRID}, measure, SweepOptions(known=known)))
     assert again == whole and measure.calls == 2
+
+
+def test_layers_are_listened_to_once_in_each_model_that_is_pruned_alike() -> None:
+    """And codes follow what they hear."""
+    model, heard = transducer(), []
+
+    def gather(smaller: Any) -> dict[str, Tensor]:
+        weight = smaller.joiner.tokens.weight
+        heard.append(round(float((weight == 0).float().mean()), 1))
+        draw = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        return {"joiner.tokens": (draw.T @ draw).double()}
+
+    made: dict[str, list[Tensor]] = {}
+
+    def measure(name: str, small: Any) -> Increase:
+        made.setdefault(name, []).append(small.joiner.tokens.weight.clone())
+        return Increase(0.0, (0.0, 0.0))
+
+    grids = {"joiner": Grid(("magnitude",), (0.3, 0.6), (32, 8, 4))}
+    told = list(sweep(model, grids, partial(measure, "told"), SweepOptions(gather=gather)))
+    assert heard == [0.0, 0.3, 0.6]
+    plain = list(sweep(model, grids, partial(measure, "plain")))
+    assert told == plain
+    for point, ours, nearest in zip(told, made["told"], made["plain"], strict=True):
+        assert torch.equal(ours, nearest) == (point.choice.bits == 32)
+    options = SweepOptions(
+        gather=gather, known={(p.component, p.choice, p.finetuned): p.increase for p in told}
+    )
+    assert list(sweep(model, grids, partial(measure, "again"), options)) == told
+    assert heard == [0.0, 0.3, 0.6] and "again" not in made
 
 
 def test_hopeless_levels_are_not_tried() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from offramp.bench.arms import Progress
 from offramp.bench.asr import AsrData
 from offramp.bench.compress_finetune import finetuner, transducer_recipe
-from offramp.bench.compress_measure import MEASURED, Ear, Measurements, data_sha256
+from offramp.bench.compress_measure import MEASURED, Ear, Measurements, measured_of
 from offramp.bench.compress_rounds import SearchOptions, Session, Tried, search, stored_bytes
 from offramp.bench.stream_profile import ProfileOptions
 from offramp.bench.wer import need_jiwer
@@ -46,7 +46,6 @@ from offramp.energy.profiles import SHIPPED
 from offramp.errors import CheckpointError, InputError
 from offramp.files import check_writable_folder, json_text, replacing
 from offramp.models import hub
-from offramp.models.fingerprint import fingerprint
 from offramp.models.transducer import Transducer
 from offramp.streaming import StreamingRecognizer
 from offramp.tokenizer import TextTokenizer
@@ -262,11 +261,7 @@ def _of(
     tuned = None
     if options.curve_steps:
         tuned = hashlib.sha256(f"{options.curve_steps} {recipe!r}".encode()).hexdigest()
-    return {
-        "model": fingerprint(model),
-        "development set": data_sha256(utterances),
-        "fine-tuning": tuned,
-    }
+    return measured_of(model, utterances) | {"fine-tuning": tuned}
 
 
 def _heard(
@@ -334,7 +329,7 @@ def measured_problem(
         session.model,
         options.grids,
         lambda model: session.ear.increase(model, own),
-        SweepOptions(finetune, stop_above(options.budget), known),
+        SweepOptions(finetune, session.ear.moments, stop_above(options.budget), known),
     ):
         points.append(point)
         if (point.component, point.choice, point.finetuned) not in known:

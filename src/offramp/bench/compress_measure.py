@@ -19,6 +19,7 @@ from offramp.bench.equal_time import pooled
 from offramp.bench.wer import Edits, as_reference, error_rate, paired_difference, word_edits
 from offramp.compress.candidates import Heard
 from offramp.compress.plan import Choice
+from offramp.compress.rounding import Moments, input_moments
 from offramp.compress.sensitivity import Increase, Point
 from offramp.config import strict
 from offramp.data.manifest import Utterance
@@ -26,11 +27,13 @@ from offramp.decoding.stream_plan import StreamOptions, StreamPlan
 from offramp.energy.trace import StreamTrace
 from offramp.errors import ConfigError, DataError, InputError
 from offramp.files import replacing
+from offramp.models.fingerprint import fingerprint
 from offramp.models.transducer import Transducer
 from offramp.streaming import StreamingRecognizer
 
 MEASURED = "measured.json"
 TRACED_S = 120.0  # of audio that is really streamed, to count what runs
+GATHERED_S = 300.0  # of audio that is heard to round weights by
 
 
 class Ear:
@@ -66,20 +69,42 @@ class Ear:
 
     def trace(self, model: Transducer, options: StreamOptions) -> StreamTrace:
         """What streams run, of recordings spread evenly over the set."""
-        total = sum(u.seconds for u in self._utterances)
         recognizer, trace = StreamingRecognizer(model, self.pieces), StreamTrace()
-        for utterance in self._utterances[:: max(1, int(total / TRACED_S))]:
+        for utterance in self._spread(TRACED_S):
             stream = recognizer.open(options)
             stream.push(read_audio(utterance.path))
             stream.finish()
             trace += stream.trace
         return trace
 
+    def moments(self, model: Transducer) -> Moments:
+        """What the layers of `model` hear, of recordings spread evenly over the set; no text is
+        read for it."""
+        plan = StreamPlan(model, self.pieces, StreamOptions())
+        with input_moments(model) as found:
+            for utterance in self._spread(GATHERED_S):
+                plan.read_whole(read_audio(utterance.path))
+        return found
+
+    def _spread(self, seconds: float) -> Sequence[Utterance]:
+        """At least so much of the set, or all of it."""
+        total = sum(u.seconds for u in self._utterances)
+        return self._utterances[:: max(1, int(total / seconds))]
+
     def edits(self, model: Transducer, options: StreamOptions) -> list[Edits]:
         """Of each utterance."""
         plan = StreamPlan(model, self.pieces, options)
         written = [as_reference(plan.read_whole(read_audio(u.path))) for u in self._utterances]
         return word_edits([u.text for u in self._utterances], written)
+
+
+def measured_of(model: Transducer, utterances: Sequence[Utterance]) -> dict[str, Any]:
+    """What all measurements depend on, as `Measurements` takes it."""
+    return {
+        "model": fingerprint(model),
+        "development set": data_sha256(utterances),
+        "rounded by": f"{GATHERED_S:g} s",
+    }
 
 
 def data_sha256(utterances: Sequence[Utterance]) -> str:

@@ -79,7 +79,7 @@ class Session:
         made = pruned(self.model, plan.choices)
         if self.finetune is not None:
             made = self.finetune(made)
-        made = quantised(made, plan.choices)
+        made = quantised(made, plan.choices, self.ear.moments(made))
         how = StreamOptions(plan.chunk_ms, blank_skip=plan.blank_skip)
         found = self.ear.increase(made, how)
         taken = self.energies(made, how, self.ear.trace(made, how))

@@ -24,7 +24,7 @@ from offramp.bench.compress import (
     stop_above,
 )
 from offramp.bench.compress_finetune import finetuner, transducer_recipe
-from offramp.bench.compress_measure import MEASURED, Ear, Measurements, data_sha256
+from offramp.bench.compress_measure import MEASURED, Ear, Measurements, measured_of
 from offramp.bench.compress_rounds import (
     Rule,
     SearchOptions,
@@ -251,8 +251,7 @@ def _session(options: ArmsOptions, folder: Path, device: str) -> tuple[Session, 
     need_jiwer()
     utterances = development(options.data, PLANNING, options.limit)
     loaded = StreamingRecognizer.load(folder, device=device)
-    of = {"model": fingerprint(loaded.model), "development set": data_sha256(utterances)}
-    measured = Measurements(options.runs / MEASURED, of)
+    measured = Measurements(options.runs / MEASURED, measured_of(loaded.model, utterances))
     ear = Ear(loaded.model, loaded.pieces, utterances)
     return Session(loaded.model, ear, profiles, None), measured
 
@@ -351,10 +350,11 @@ class _Workshop:
         """(model by seed, what they give together: energies and bytes are the first one's)."""
         smaller, how = pruned(self.session.model, plan.choices), StreamOptions(plan.chunk_ms)
         how = replace(how, blank_skip=plan.blank_skip)
-        made = {
-            seed: quantised(self._tuned(smaller, seed), plan.choices) for seed in self.options.seeds
-        }
-        ear, first = self.session.ear, made[self.options.seeds[0]]
+        ear, made = self.session.ear, {}
+        for seed in self.options.seeds:
+            tuned = self._tuned(smaller, seed)
+            made[seed] = quantised(tuned, plan.choices, ear.moments(tuned))
+        first = made[self.options.seeds[0]]
         found = ear.increase_of([ear.edits(model, how) for model in made.values()])
         taken = self.session.energies(first, how, ear.trace(first, how))
         tried = Tried(plan, found, stored_bytes(first), taken)

@@ -2,7 +2,8 @@
 
 A matrix is stored `dense`; or as a `bitmap`, one bit per weight, and the weights that are not
 zero; or as `blocks`, one bit per block of 8 rows by 1 column, and the blocks that are not all
-zero. Whichever takes the fewest bytes is taken, so zeros count only where they save.
+zero. Whichever takes the fewest bytes is taken, so zeros count only where they save. A vector is
+stored `dense`, or as `half` where float16 holds all its numbers as well as float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from offramp.compress.blocks import BLOCK
 from offramp.compress.method import is_inside
 from offramp.compress.quantized import QuantizedWeight
 
-LAYOUTS = ("dense", "bitmap", "blocks")
+LAYOUTS = ("dense", "half", "bitmap", "blocks")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def pack(x: Tensor, bits: int | None = None) -> Packed:
     bits = bits or 8 * x.element_size()
     best = Packed("dense", bits, tuple(x.shape), _narrow(x, bits))
     if x.ndim < 2:
-        return best
+        exact = x.dtype == torch.float32 and torch.equal(x.half().float(), x)
+        return Packed("half", 16, best.shape, x.half()) if exact else best
     kept = x.flatten(1) != 0
     blocks = _blocks(kept).any(2)
     counts = {
@@ -70,10 +72,11 @@ def pack(x: Tensor, bits: int | None = None) -> Packed:
 def unpack(packed: Packed) -> Tensor:
     """The tensor that was packed. ValueError: the parts do not fit each other."""
     shape, bits = packed.shape, packed.bits
-    if packed.layout == "dense":
+    if packed.layout in ("dense", "half"):
         if packed.index is not None:
-            raise ValueError("it is dense, and has an index")
-        return _widen(packed.values, bits, prod(shape)).view(shape)
+            raise ValueError(f"it is {packed.layout}, and has an index")
+        whole = _widen(packed.values, bits, prod(shape)).view(shape)
+        return whole.float() if packed.layout == "half" else whole
     rows, columns = shape[0], prod(shape[1:])
     index_shape = (rows, columns)
     if packed.layout == "blocks":

@@ -20,6 +20,7 @@ from offramp.compress.magnitude import MagnitudePruning
 from offramp.compress.method import CompressionMethod
 from offramp.compress.quantize import WeightQuantization
 from offramp.compress.quantized import ACTIVATIONS, BITS
+from offramp.compress.rounding import Moments
 from offramp.compress.rows import RowPruning
 from offramp.compress.scores import check_level
 from offramp.config import check_choice, strict
@@ -149,10 +150,13 @@ def pruned(model: Transducer, choices: Mapping[str, Choice]) -> Transducer:
     return model
 
 
-def quantised(model: Transducer, choices: Mapping[str, Choice]) -> Transducer:
-    """`model` with the bits that `choices` say, which comes last."""
+def quantised(
+    model: Transducer, choices: Mapping[str, Choice], moments: Moments | None = None
+) -> Transducer:
+    """`model` with the bits that `choices` say, which comes last; moments: as in
+    `WeightQuantization`, None: codes are the nearest."""
     for component, choice in choices.items():
         if choice.bits != FULL_BITS:
-            method = WeightQuantization(choice.bits, choice.activations)
+            method = WeightQuantization(choice.bits, choice.activations, moments or {})
             model = method.apply(model, [MODULES[component]])
     return model

@@ -7,7 +7,7 @@ reference on energy). Symmetric codes need no zero points, and a pruned weight s
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -22,21 +22,26 @@ from offramp.compress.quantized import (
     QuantizedLinear,
     QuantizedWeight,
 )
+from offramp.compress.rounding import Moments, rounded
 from offramp.config import check_choice
 from offramp.errors import InputError
-from offramp.models.stored import quantize
+from offramp.models.stored import nearest, row_scales
 
 
 @dataclass(frozen=True)
 class WeightQuantization:
     """bits 8 or 4, of matrices, embeddings (a scale per row) and convolutions.
 
-    Left as they are: biases, norms, and kernels too small for codes and scales to save a byte.
-    activations: how linear layers compute; see `QuantizedLinear`. A second time changes nothing.
+    Vectors (biases, norms, scales) become numbers that 16 bits hold as well. Left as they are:
+    kernels too small for codes and scales to save a byte. activations: how linear layers compute;
+    see `QuantizedLinear`. moments: what linear layers hear, as `rounding.input_moments` gathers it
+    of this very model. Codes are chosen by it; those of layers that are not in it, and of all that
+    is not linear, are the nearest ones. A second time changes nothing.
     """
 
     bits: int = 8
     activations: str = "bfloat16"
+    moments: Moments = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_choice(bits=(self.bits, BITS), activations=(self.activations, ACTIVATIONS))
@@ -54,14 +59,18 @@ class WeightQuantization:
         found: dict[str, Weighted] = modules_of(model, WITH_WEIGHT, components)
         for name, module in found.items():
             if self._pays(module.weight):
-                replace_module(model, name, self._quantized(module))
+                replace_module(model, name, self._quantized(name, module))
+        for part in components or ("",):
+            for p in model.get_submodule(part).parameters():
+                if p.ndim < 2:
+                    p.copy_(halved(p))
         return model
 
     def _pays(self, weight: torch.Tensor) -> bool:
         codes = -(-weight.numel() * self.bits // 8)
         return codes + 4 * len(weight) < weight.nbytes
 
-    def _quantized(self, module: Weighted) -> QuantizedWeight:
+    def _quantized(self, name: str, module: Weighted) -> QuantizedWeight:
         new: QuantizedWeight
         bias = getattr(module, "bias", None)
         if isinstance(module, nn.Linear):
@@ -72,12 +81,31 @@ class WeightQuantization:
         else:
             new = _convolution(module, self.bits)
         new.to(module.weight.device)
-        codes, scales = quantize(module.weight, self.bits)
-        new.codes.copy_(codes)
+        scales = halved(row_scales(module.weight, self.bits))
         new.scales.copy_(scales)
+        new.codes.copy_(self._codes(name, module.weight, scales))
         if bias is not None:
             new.bias = nn.Parameter(bias.detach().float(), False)
         return new
+
+    def _codes(self, name: str, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        moments = self.moments.get(name)
+        if moments is None:
+            return nearest(weight, scales)
+        if len(moments) != weight.shape[1]:
+            raise InputError(
+                f"{name} {list(weight.shape)} has moments of {len(moments)} inputs; gather them "
+                "from this very model"
+            )
+        return rounded(weight, scales, self.bits, moments)
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    """x in numbers that 16 bits hold as well; as it is where that would move one by more than a
+    thousandth of the largest."""
+    near = x.half().to(x.dtype)
+    limit = torch.finfo(torch.float16).eps * x.abs().max() if x.numel() else 0.0
+    return near if bool(((near - x).abs() <= limit).all()) else x
 
 
 def _convolution(conv: nn.Conv1d, bits: int) -> QuantizedConv1d:

@@ -19,6 +19,7 @@ import numpy as np
 
 from offramp.compress.curves import Exponential, Fit, fit
 from offramp.compress.plan import FULL_BITS, Choice, pruned, quantised
+from offramp.compress.rounding import Moments
 from offramp.errors import ConfigError, InputError
 from offramp.models.transducer import Transducer
 
@@ -117,11 +118,13 @@ Known = Mapping[tuple[str, Choice, bool], Increase]
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """finetune: makes a pruned model better, and a new one; None: only as pruned. stop_above: once
-    a level of a method costs so much with all bits, higher ones are not tried. known: points of an
-    earlier sweep."""
+    """finetune: makes a pruned model better, and a new one; None: only as pruned. gather: what the
+    layers of a model hear, for quantising it; None: codes are the nearest. stop_above: once a level
+    of a method costs so much with all bits, higher ones are not tried. known: points of an earlier
+    sweep."""
 
     finetune: Finetune | None = None
+    gather: Callable[[Transducer], Moments] | None = None
     stop_above: float = math.inf
     known: Known = field(default_factory=dict)
 
@@ -179,8 +182,8 @@ def _points(
     choices: Sequence[Choice],
     finetuned: bool,
 ) -> Iterator[Point]:
-    """Pruned and fine-tuned once, if at all."""
-    smaller = None
+    """Pruned, fine-tuned and listened to once, if at all."""
+    smaller, moments = None, None
     for choice in choices:
         found = options.known.get((component, choice, finetuned))
         if found is None:
@@ -189,7 +192,9 @@ def _points(
                 if finetuned:
                     assert options.finetune is not None
                     smaller = options.finetune(smaller)
-            found = measure(quantised(smaller, {component: choice}))
+            if moments is None and choice.bits != FULL_BITS and options.gather is not None:
+                moments = options.gather(smaller)
+            found = measure(quantised(smaller, {component: choice}, moments))
         yield Point(component, choice, finetuned, found)
 
 

@@ -20,18 +20,28 @@ CODES, SCALES = ".codes", ".scales"
 _ENTRY = 100  # bytes, about, that one more tensor takes in a file's table of contents
 
 
+def row_scales(weight: Tensor, bits: int, kind: torch.dtype = torch.float32) -> Tensor:
+    """weight [rows, ...] -> what a step of a row's codes is worth, `kind` [rows]."""
+    largest = weight.detach().float().flatten(1).abs().amax(1)
+    scales = (largest / (2 ** (bits - 1) - 1)).to(kind)
+    # Below that, numbers lose digits: such a row is as good as zero.
+    return torch.where(scales >= torch.finfo(torch.float32).tiny, scales, 1.0)
+
+
+def nearest(weight: Tensor, scales: Tensor) -> Tensor:
+    """weight [rows, ...], scales [rows] -> int8 codes of its shape, each off by half at most."""
+    flat = weight.detach().float().flatten(1)
+    return (flat / scales.float()[:, None]).round().to(torch.int8).view(weight.shape)
+
+
 def quantize(weight: Tensor, bits: int, kind: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """weight [rows, ...] -> (codes int8 of that shape, scales `kind` [rows]), symmetric.
 
     Codes lie in [-127, 127] or [-7, 7]; weights are off by half a scale at most, and zero stays
     zero. In float32 the largest weight of a row is exact.
     """
-    flat = weight.detach().float().flatten(1)
-    scales = (flat.abs().amax(1) / (2 ** (bits - 1) - 1)).to(kind)
-    # Below that, numbers lose digits: such a row is as good as zero.
-    scales = torch.where(scales >= torch.finfo(torch.float32).tiny, scales, 1.0)
-    codes = (flat / scales.float()[:, None]).round().to(torch.int8)
-    return codes.view(weight.shape), scales
+    scales = row_scales(weight, bits, kind)
+    return nearest(weight, scales), scales
 
 
 def encode(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
