@@ -50,7 +50,7 @@ recipe = SpeechLMRecipe(
         "common_voice_en_100",
     ),
     train=TrainConfig(
-        steps=300,
+        steps=200,
         lr=1e-4,
         warmup_steps=20,
         weight_decay=0.01,
