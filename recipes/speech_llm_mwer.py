@@ -50,12 +50,12 @@ recipe = SpeechLMRecipe(
         "common_voice_en_100",
     ),
     train=TrainConfig(
-        steps=200,
+        steps=150,
         lr=1e-4,
         warmup_steps=20,
         weight_decay=0.01,
         average=0.99,
         checkpoint_every=20,
-        evaluate_every=100,
+        evaluate_every=50,
     ),
 )

@@ -53,13 +53,13 @@ recipe = SpeechLMRecipe(
         "common_voice_en_100",
     ),
     train=TrainConfig(
-        steps=1000,
+        steps=800,
         lr=7e-4,
         warmup_steps=50,
         optimizer="muon",
         weight_decay=0.05,
         average=0.998,
         checkpoint_every=100,
-        evaluate_every=250,
+        evaluate_every=200,
     ),
 )

@@ -42,6 +42,18 @@ def test_draft_model_by_folder(model, checkpoint):
     assert made.stats.acceptance_rate == 1.0
 
 
+def test_the_last_token_of_a_round_is_its_own_drafted_or_not(model, checkpoint):
+    options = DraftOptions("model", model=str(checkpoint), num_draft_tokens=9)
+    drawn = {"sampling": Sampling(temperature=1.0, top_k=40, seed=7)}
+    *_, end = text = model.generate(PROMPTS[0], draft=PLAIN, stop=Stop(4), **drawn).tokens
+    assert text.index(end) == 3
+    made = model.generate(PROMPTS[0], draft=options, stop=Stop(12, frozenset({end})), **drawn)
+    assert made.tokens == text, "it ends in its first draft"
+    stats = made.stats
+    assert (stats.generated_tokens, stats.verify_calls, stats.accepted_tokens) == (4, 1, 3)
+    assert stats.drafted_tokens == 9 - 1
+
+
 def test_a_compressed_checkpoint_serves_like_any_other(model, checkpoint, tmp_path):
     small = WeightQuantization(8).apply(FeedForwardPruning(0.2).apply(model.tower))
     defaults = {"offramp.json": '{"exit_layer": 2, "num_draft_tokens": 3}'}

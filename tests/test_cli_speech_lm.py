@@ -56,9 +56,10 @@ def test_json_says_how_it_was_decoded(
 ) -> None:
     _, out, _ = transcribe(capsys, places, "--format", "json")
     assert json.loads(out)["decoding"]["draft"] == "ctc+mtp"
-    _, out, _ = transcribe(capsys, places, "--format", "json", "--beam-size", 3)
-    run = json.loads(out)["decoding"]
-    assert (run["draft"], run["lossy"], run["sources"]) == ("ctc", False, {})
+    for name in ("--beam-size", "--beam"):
+        _, out, _ = transcribe(capsys, places, "--format", "json", name, 3)
+        run = json.loads(out)["decoding"]
+        assert (run["draft"], run["lossy"], run["sources"]) == ("ctc", False, {})
     status, out, err = transcribe(
         capsys, places, "--format", "json", "--draft", "mtp", "--threshold", "0"
     )
@@ -128,6 +129,9 @@ def test_eval_asr_shows_every_draft(
     for option in (("--lm", "a.arpa"), ("--confidence", "0.5")):
         status, _, err = offramp(capsys, *words, *option)
         assert status == 2 and err.count("\n") == 1
+    for name in ("--beam-size", "--beam"):
+        status, _, err = offramp(capsys, *words, name, "0")
+        assert status == 2 and "beam_size is 0" in err
 
 
 def test_eval_asr_fails_where_a_draft_changes_the_text(

@@ -47,7 +47,7 @@ from offramp.models.decoder_lm import DecoderLM
 from offramp.nn.device import choose_device
 from offramp.nn.tower import Tower, TracedTower, TruncatedTower
 from offramp.recognizers import AnyOptions, transcriber
-from offramp.results import DecodeStats, FinishReason, Generation, Step, Transcript
+from offramp.results import DecodeStats, DraftCounts, FinishReason, Generation, Step, Transcript
 from offramp.stream_events import Event
 from offramp.streaming import StreamingRecognizer
 from offramp.tokenizer import TextStream, TextTokenizer
@@ -326,7 +326,7 @@ class Run:
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._text = [""] * len(prompts)
         self._reasons: list[FinishReason | None] = [None] * len(prompts)
-        self._drafted = self._accepted = self._verify_calls = 0
+        self._drafts, self._verify_calls = DraftCounts(), 0
         self._steps = self._timed()
 
     def __iter__(self) -> Iterator[Step]:
@@ -352,8 +352,8 @@ class Run:
         return DecodeStats(
             prompt_tokens=sum(map(len, self._texts)),
             generated_tokens=sum(map(len, self._tokens)),
-            drafted_tokens=self._drafted,
-            accepted_tokens=self._accepted,
+            drafted_tokens=self._drafts.drafted,
+            accepted_tokens=self._drafts.accepted,
             verify_calls=self._verify_calls,
             layer_calls=sum(t.layer_calls),
             first_layer_positions=t.layer_positions[0],
@@ -377,8 +377,7 @@ class Run:
             self._tokens[step.row] += step.tokens
             self._text[step.row] += step.text
             self._reasons[step.row] = step.finish_reason
-            self._drafted += len(step.drafted)
-            self._accepted += step.accepted
+            self._drafts += DraftCounts.of(step)
             self._verify_calls += 1
             yield step
 

@@ -148,7 +148,7 @@ class SpeechLMConfig:
             raise ConfigError(
                 f"ctc_exit is {self.ctc_exit}, and the encoder's CTC head has "
                 f"{encoder.vocab_size} tokens, blank {encoder.blank_id}; to draft it must have the "
-                f"decoder's {V} tokens and a blank, {V}: give it a new head, or leave ctc_exit out"
+                f"decoder's {V} tokens and a blank, {V}: set new_ctc_head, or leave ctc_exit out"
             )
 
     @classmethod

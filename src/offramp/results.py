@@ -31,7 +31,7 @@ class DecodeStats:
 
     A call is one invocation of a layer, however many tokens it took; a position is one token
     through one layer. verify_calls: rounds, counted per row. `ttft_s`: time to the first token,
-    prefill included.
+    prefill included. drafted_tokens, accepted_tokens: see `DraftCounts`.
     """
 
     prompt_tokens: int
@@ -136,11 +136,22 @@ class ExitText:
 
 @dataclass(frozen=True)
 class DraftCounts:
-    """Of one source of drafts: rounds that it drafted in, tokens drafted, tokens accepted."""
+    """Of one source of drafts: rounds that it drafted in, tokens drafted, tokens accepted.
+
+    The last token that a round emits is its own: if it was drafted too, that counts as neither. So
+    rounds and accepted tokens add up to all tokens, and a draft that is always right has them all
+    accepted.
+    """
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+
+    @classmethod
+    def of(cls, step: Step) -> DraftCounts:
+        both = step.accepted == len(step.tokens)  # drafted, and the round's own
+        drafted = len(step.drafted)
+        return cls(min(1, drafted), drafted - both, step.accepted - both)
 
     def __add__(self, other: DraftCounts) -> DraftCounts:
         return DraftCounts(
@@ -157,7 +168,8 @@ class DecoderCounts:
     tokens: written, the end of the text included. calls: of the whole decoder that took part in
     it, the prompt's included; in a batch a call counts for every row. unverified: tokens that
     nobody verified, not 0 only in lossy decoding. sources: of drafts, such as `ctc`, `mtp`, or
-    `mtp+ctc` where the second went on; a beam's are not counted.
+    `mtp+ctc` where the second went on; a beam's are not counted. But for a beam, tokens = calls +
+    accepted + unverified.
     """
 
     tokens: int = 0

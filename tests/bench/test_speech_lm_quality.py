@@ -13,7 +13,7 @@ import toy_speech
 import toy_speech_lm
 from offramp.audio.io import read_audio
 from offramp.bench.asr import AsrData
-from offramp.bench.speech_lm_quality import run
+from offramp.bench.speech_lm_quality import Tally, run
 from offramp.bench.wer import error_rate, word_edits
 from offramp.config_speech_lm import HeadsConfig
 from offramp.data.manifest import read_manifest
@@ -101,6 +101,13 @@ def test_a_draft_that_changes_the_text_is_found_out(
     differing = {name: way.differing for name, way in report.ways.items()}
     assert differing == {"none": None, "exit": 0, "mtp": 1, "ctc": 0, "ctc+mtp": 0}
     assert report.ways["mtp"].to_dict()["identical"] is False
+
+
+def test_a_text_that_wavers_differs_whichever_way_wrote_it() -> None:
+    text = SpeechText((5,), ("do",), None, (), DecoderCounts(), "stop")
+    steady, wavering = Tally({0: text, 1: text}), Tally({0: text, 1: text}, {1})
+    assert steady.differing(steady) == []
+    assert steady.differing(wavering) == wavering.differing(steady) == [1]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from offramp.decoding.sampling import Chooser, Sampling
 from offramp.decoding.stopping import Stop
 from offramp.errors import InputError
 from offramp.nn.cache import KVCache
+from offramp.results import DraftCounts
 from toy_listening import MAX_TOKENS, Scene, calls, garbage, mishear, scene
 
 SETTINGS = {"greedy": Sampling(), "sampled": Sampling(0.9, top_k=20, seed=5)}
@@ -64,8 +65,7 @@ def test_whatever_was_heard_the_text_is_the_plain_one(
     assert got.rows == s.written
     for row, written in enumerate(s.written):
         assert calls(got, row) <= len(written.tokens)
-    # The last token of each call is the call's own, whether it was drafted or not.
-    kept = sum(min(step.accepted, len(step.tokens) - 1) for step in got.steps)
+    kept = sum(DraftCounts.of(step).accepted for step in got.steps)
     assert kept + len(got.steps) == sum(len(row.tokens) for row in s.written)
 
 
@@ -225,6 +225,10 @@ def test_what_goes_on_is_what_was_heard_from_the_place_on() -> None:
     assert rest_of([5, 6, 7, 8], [5, 9]) == ([], [8, 0])
     assert rest_of([5, 6, 7, 8], [5, 6, 7, 8]) == ([0], [0])
     assert rest_of([], []) == ([0], [0])
+
+
+def test_of_two_places_the_one_that_the_text_has_just_come_to_counts() -> None:
+    assert rest_of([5, 6, 6, 9], [5, 5, 6])[0] == [6, 9, 0]
 
 
 def test_a_prompt_was_not_heard() -> None:

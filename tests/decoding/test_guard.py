@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
@@ -76,6 +79,16 @@ def test_a_repetition_while_there_is_more_to_hear_is_left_to_the_other_rule() ->
     assert flagged([4, *[1] * 9]) == [Flag("unheard", 1, 10)]
 
 
+def test_while_the_last_word_is_still_to_be_heard_nothing_is_exhausted() -> None:
+    """Even if it starts in the very next frame."""
+    said = {3: 4, 5: 6}
+    for text, want in (([4, 1, 1, 1], []), ([4, 6, 1, 1, 1], [Flag("repetition", 2, 5)])):
+        guard = Guard(spoken(20, said), BLANK)
+        for token in text:
+            guard.push(token)
+        assert guard.flags == want
+
+
 def test_silence_holds_nothing() -> None:
     guard = Guard(spoken(10, {}), BLANK)
     flags = [guard.push(token) for token in (1, 1, 1)]
@@ -100,6 +113,14 @@ def test_repeats(tokens: list[int], period: int, want: bool) -> None:
 def test_impossible_options_are_refused(name: str, least: int) -> None:
     with pytest.raises(ConfigError, match=f"{name} is {least - 1}; .* at least {least}"):
         GuardOptions(**{name: least - 1})
+
+
+@pytest.mark.parametrize("odds", [0.0, -1.0, 1.0, 5.0, math.nan, math.inf, "0.1", True])
+def test_odds_that_are_none_are_refused_before_any_work(odds: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"min_odds is .* a number (greater than 0|.* less than 1)"
+    ):
+        GuardOptions(min_odds=odds)
 
 
 # -- in the loop --------------------------------------------------------------------------------
@@ -158,6 +179,14 @@ def test_text_that_was_held_back_comes_out_when_the_guard_stops() -> None:
     end = GuardedEnd(stop, Letters(), guard)  # type: ignore[arg-type]
     assert end.push([4, 2, 1, 4, 4]) == (3, "ecb.")
     assert end.reason == "stop"
+
+
+def test_a_text_that_is_cut_where_it_is_flagged_was_cut() -> None:
+    guard = Guard(spoken(20, SAID), BLANK, GuardOptions(max_unheard=1))
+    end = GuardedEnd(Stop(3), None, guard)
+    assert end.push([4, 1, 2, 1]) == (3, "")
+    assert guard.flags == [Flag("unheard", 1, 3)]
+    assert end.reason == "length"
 
 
 def test_the_token_that_ends_a_text_is_no_word() -> None:

@@ -14,6 +14,7 @@ from offramp.decoding.sampling import Chooser, Sampling
 from offramp.energy.trace import Trace
 from offramp.nn.cache import KVCache
 from offramp.nn.tower import TracedTower
+from offramp.results import DraftCounts
 from thinned import thinned
 from toy_decoding import LAYERS
 from toy_listening import MAX_TOKENS, KnowingHeads, Scene, calls, scene, states
@@ -52,7 +53,7 @@ def test_heads_that_err_write_the_plain_text(count: int, error_rate: float, sett
     rounds = max(calls(got, row) for row in range(8))
     assert tower.trace.layer_calls == [rounds] * LAYERS, "one call per round, prompt included"
     assert all(calls(got, b) <= len(row.tokens) for b, row in enumerate(s.written))
-    kept = sum(min(step.accepted, len(step.tokens) - 1) for step in got.steps)
+    kept = sum(DraftCounts.of(step).accepted for step in got.steps)
     assert kept + len(got.steps) == sum(len(row.tokens) for row in s.written)
 
 

@@ -29,7 +29,7 @@ from offramp.decoding.tower_beam import TowerBeam, tower_beam
 from offramp.errors import ConfigError, InputError, OfframpError
 from offramp.models.speech_lm import SpeechLM
 from offramp.models.speech_lm_checkpoint import SpeechLMCheckpoint
-from offramp.results import DraftCounts
+from offramp.results import DecoderCounts, DraftCounts
 from thinned import thinned
 from toy_speech_lm import EOS_ID, LENGTHS, V
 
@@ -128,12 +128,39 @@ def test_calls_and_drafts_are_counted_as_they_are_run(
         }[draft]
     )
     assert (counts.drafted > 0) == (draft != "none") and counts.accepted <= counts.drafted
-    # A round writes what was accepted and a token of the decoder's own, unless the text ends in it.
-    assert counts.tokens <= counts.accepted + counts.calls
     assert counts.unverified == 0
-    if draft != "exit":
-        plain = decode(toy, alone(features(), 0), draft="none")[0].counts
-        assert plain.calls == plain.tokens and counts.calls <= plain.calls
+    plain = decode(toy, alone(features(), 0), draft="none")[0].counts
+    assert plain.calls == plain.tokens and counts.calls <= plain.calls
+
+
+WAYS: list[dict[str, Any]] = [
+    *({"draft": draft} for draft in DRAFTS),
+    *({"draft": "mtp", "threshold": threshold} for threshold in (0.0, 0.02)),
+    {"draft": "ctc+mtp", "guard": "stop", "guard_options": GuardOptions(2, min_odds=0.9)},
+]
+
+
+@pytest.mark.parametrize("given", WAYS, ids=str)
+def test_every_token_is_a_calls_own_or_accepted_or_unverified(
+    toy: SpeechLMCheckpoint, given: dict[str, Any]
+) -> None:
+    """A call's last token is its own, drafted or not; unverified ones are of lossy ways alone.
+    So no draft costs more calls than plain decoding."""
+    made = decode(toy, features(BATCH), **given)
+    for counts in (text.counts for text in made):
+        assert counts.tokens == counts.calls + counts.accepted + counts.unverified
+        assert counts.unverified == 0 or "threshold" in given
+    total = DecoderCounts.total(text.counts for text in made)
+    assert total.tokens == total.calls + total.accepted + total.unverified
+
+
+def test_a_batch_may_be_padded_on_the_left(toy: SpeechLMCheckpoint) -> None:
+    x, lengths = features()
+    left = torch.full_like(x, torch.nan)
+    for row, real, n in zip(left, x, lengths.tolist(), strict=True):
+        row[len(row) - n :] = real[:n]
+    plan = SpeechLMPlan(toy.model, toy.tokenizer, SpeechLMOptions())
+    assert plan.decode(left, lengths, "left")[0] == plan.decode(x, lengths)[0]
 
 
 def test_a_whole_text_that_was_heard_rides_the_call_of_the_prompt(
@@ -145,9 +172,9 @@ def test_a_whole_text_that_was_heard_rides_the_call_of_the_prompt(
     for draft in ("ctc", "ctc+mtp"):
         for text, want in zip(decode(toy, inputs, draft=draft), plain, strict=True):
             assert (text.tokens, text.counts.calls) == (want.tokens, 1)
-            assert text.counts.sources == {
-                "ctc": DraftCounts(1, text.counts.drafted, text.counts.accepted)
-            }
+            # The last token is the call's own; a text that was cut leaves the rest of it.
+            kept, behind = text.counts.tokens - 1, int(want.finish_reason == "length")
+            assert text.counts.sources == {"ctc": DraftCounts(1, kept + behind, kept)}
 
 
 @pytest.mark.parametrize("draft", [*BEAM_DRAFTS, None])

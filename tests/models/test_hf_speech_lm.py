@@ -185,7 +185,12 @@ def test_the_decoder_reads_and_writes_what_it_does_in_transformers(
     ours = loaded(kind)
     model, recognizer = ours.model, SpeechLMRecognizer(ours)
     theirs = Theirs(saved(kind), FAMILIES[kind].name, model.config.prompt)
-    together = model.prefixes(model.hear(*ours.reader.inputs(waves())))
+    inputs, lengths = ours.reader.inputs(waves())
+    together = model.prefixes(model.hear(inputs, lengths))
+    # Their time is the last axis.
+    rolled = [x.roll(inputs.shape[2] - int(n), 1) for x, n in zip(inputs, lengths, strict=True)]
+    left = model.prefixes(model.hear(torch.stack(rolled), lengths, padding="left"))
+    assert all(map(torch.equal, left, together))
     last = model.decoder.embed(torch.tensor([[model.first_token]]))[0]
     texts, ends = [], set()
     for wave, prefix in zip(waves(), together, strict=True):

@@ -59,6 +59,40 @@ def test_a_batch_gives_what_each_utterance_gives_alone(changes: dict[str, Any]) 
             torch.testing.assert_close(real, one.ctc_log_probs[0])
 
 
+def left_padded(inputs: Tensor, lengths: Tensor, axis: int = 1) -> Tensor:
+    """The same utterances with padding, of no use, before them."""
+    made = torch.full_like(inputs, torch.nan)
+    T = inputs.shape[axis]
+    for row, real, n in zip(made, inputs, lengths.tolist(), strict=True):
+        row.narrow(axis - 1, T - n, n).copy_(real.narrow(axis - 1, 0, n))
+    return made
+
+
+@pytest.mark.parametrize("name", ["every frame", "by the tokens of CTC"])
+def test_padding_may_stand_on_either_side(name: str) -> None:
+    model, (x, lengths) = double(**VARIANTS[name]), features(LENGTHS)
+    right, left = (
+        model.hear(x, lengths),
+        model.hear(left_padded(x, lengths), lengths, padding="left"),
+    )
+    assert torch.equal(left.frames, right.frames)
+    for b, n in enumerate(LENGTHS):
+        one = model.hear(x[b : b + 1, :n], lengths[b : b + 1], padding="left")
+        torch.testing.assert_close(left.audio[b], right.audio[b])
+        torch.testing.assert_close(left.audio[b], one.audio[0])
+
+
+def test_padding_on_another_side_or_of_another_batch_is_refused() -> None:
+    model, (x, lengths) = toy_speech_lm.speech_lm(), features(LENGTHS)
+    with pytest.raises(InputError, match="padding is 'both'; it must be 'right' or 'left'"):
+        model.hear(x, lengths, padding="both")  # type: ignore[arg-type]
+    for wrong in (lengths[:2], torch.tensor([62, 23, 40])):
+        with pytest.raises(InputError):
+            model.hear(x, wrong, padding="left")
+    with pytest.raises(InputError):
+        model.hear(x[0, :, 0], lengths, padding="left")
+
+
 @of_all
 def test_training_reads_what_decoding_reads(changes: dict[str, Any]) -> None:
     model = double(**changes)
@@ -159,10 +193,12 @@ def test_a_transformers_encoder_hears_too() -> None:
     model = SpeechLM(config, prompt, encoder, decoder).requires_grad_(False).eval()
     x, lengths = toy_hf.inputs("wav2vec2 layer norm first", padding=torch.nan)
     heard = model.hear(x, lengths, exits=(2, 5))
+    left = model.hear(left_padded(x, lengths), lengths, exits=(), padding="left")
     alone = toy_hf.all_exits(encoder, x, lengths)
     for b, n in enumerate(lengths.tolist()):
         one = model.hear(x[b : b + 1, :n], lengths[b : b + 1])
         torch.testing.assert_close(heard.audio[b], one.audio[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(left.audio[b], one.audio[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
             heard.exits[2][b, : heard.frames[b]], alone[2][b, : heard.frames[b]]
         )
@@ -181,6 +217,15 @@ def test_what_the_decoder_has_room_for() -> None:
     says = "of 97 input frames takes 12 positions with the prompt, and the decoder has 12; .* 96"
     with pytest.raises(InputError, match=says):
         model.hear(*features([20, 97]))
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_when_the_model_is_made() -> None:
+    words = " ".join(["w2"] * 10)
+    model = toy_speech_lm.speech_lm(prompt="{audio} " + words, decoder={"max_positions": 12})
+    assert (len(model.prompt), model.room(1)) == (10, 1)
+    says = "the prompt has 11 tokens, and the decoder has 12 positions for .* of at most 10"
+    with pytest.raises(ConfigError, match=says):
+        toy_speech_lm.speech_lm(prompt=words + " {audio} w3", decoder={"max_positions": 12})
 
 
 def test_a_text_without_room_is_refused() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 import toy
@@ -33,6 +34,7 @@ from offramp.models.speech_lm_checkpoint import (
     load_speech_lm,
     load_speech_lm_config,
 )
+from offramp.tokenizer import BLANK, TextTokenizer
 from thinned import thinned
 from toy_encoder import features
 from toy_speech_lm import KEPT, LENGTHS, TEXTS, VARIANTS, V
@@ -171,6 +173,47 @@ def test_an_encoder_gets_a_ctc_head_in_the_decoders_tokens(tmp_path: Path) -> No
     log_probs = made.hear(*features(LENGTHS)).ctc_log_probs
     assert log_probs is not None
     assert log_probs.shape[-1] == V + 1
+
+
+def test_a_ctc_that_drafts_writes_the_decoders_tokens_by_their_ids(tmp_path: Path) -> None:
+    heard = toy_encoder.encoder(**(toy_encoder.OURS | {"vocab_size": V + 1, "blank_id": V}))
+    same, other = toy_speech_lm.WORDS, [f"v{i}" for i in range(2, V)]
+    for words, fits in (
+        (same, True),
+        ([*same, BLANK], True),
+        ([*other, BLANK], False),
+        (same[::-1], False),
+    ):
+        tokens = toy_speech_lm.tokenizer(words)
+        save_encoder(heard, tmp_path / "encoder", files={"tokenizer.json": tokens.to_json()})
+        if fits:
+            assert join(tmp_path, ctc_exit=3).model.config.ctc_exit == 3
+            continue
+        says = (
+            r"decoder in .*decoder writes other tokens than those of the encoder in .*encoder; set "
+        )
+        with pytest.raises(ConfigError, match=says + "new_ctc_head .*, or leave ctc_exit out"):
+            join(tmp_path, ctc_exit=3)
+    assert join(tmp_path, ctc_exit=3, new_ctc_head=True).model.config.ctc_exit == 3
+    save_encoder(heard, tmp_path / "encoder")
+    with pytest.raises(CheckpointError, match=r"encoder.tokenizer.json is missing"):
+        join(tmp_path, ctc_exit=3)
+
+
+@pytest.mark.slow
+def test_a_transformers_ctc_that_drafts_writes_the_decoders_tokens(tmp_path: Path) -> None:
+    folder = toy_hf.save_checkpoint(tmp_path / "theirs", "parakeet")
+    *written, blank = TextTokenizer.load(folder / "tokenizer.json").pieces()
+    assert blank == "<pad>"
+    named = {"bos_id": 0, "eos_ids": (1,), "vocab_size": len(written)}
+    vocab = {piece: i for i, piece in enumerate(written)}
+    same = TextTokenizer(Tokenizer(models.WordLevel(vocab, "<unk>")))
+    save_decoder(toy.decoder(**named), tmp_path / "decoder", same)
+    assert join(tmp_path, encoder=folder, ctc_exit=5).model.config.ctc_exit == 5
+    other = toy_speech_lm.tokenizer([f"v{i}" for i in range(2, len(written))])
+    save_decoder(toy.decoder(**named), tmp_path / "decoder", other)
+    with pytest.raises(ConfigError, match="writes other tokens than those of the encoder"):
+        join(tmp_path, encoder=folder, ctc_exit=5)
 
 
 @pytest.mark.parametrize("name", thinned(["wav2vec2 layer norm first", "parakeet"], ["parakeet"]))

@@ -12,8 +12,10 @@ import toy_batches
 import toy_speech_lm
 from offramp.config_speech_lm import HeadsConfig
 from offramp.decoding.exit_policies import edit_distance
+from offramp.decoding.tower_beam import TextHypothesis
 from offramp.errors import ConfigError
 from offramp.models.speech_lm import SpeechLM
+from offramp.train import mwer
 from offramp.train.ctc import SpeechBatch
 from offramp.train.mwer import MWERTask, MWERTraining, mwer_loss, text_scores
 from offramp.train.speech_lm import SpeechLMTask, SpeechLMTraining
@@ -127,6 +129,33 @@ def test_a_step_adds_the_gradient_of_the_word_errors_to_plain_training(
     assert 0 <= sums["best_errors"] <= sums["expected_errors"]
     assert (sums["best_errors"] == 0) is with_reference
     assert {name: sums[name] for name in same} == pytest.approx(same)
+
+
+def test_word_errors_are_those_of_the_model_in_use() -> None:
+    """What is dropped at random in training is not dropped here."""
+    batch = BATCHES.batch(3, 0, 3)
+    batches = Fixed(SpeechBatch(batch.features.double(), batch.lengths, batch.targets, 1.0))
+    changes = {"encoder": {"dropout": 0.1}}
+    it = task(batches=batches, changes=changes, head_weights=(0.0,) * 3, with_reference=True)
+    it.backward(0, 0, 1)
+    ours = gradient(it)
+    the_model(it).eval()
+    total, _ = by_utterance(it, batch)
+    (total / 3).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(ours, gradient(it), rtol=1e-6, atol=1e-9)
+
+
+def test_of_texts_with_the_same_words_the_most_probable_is_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens 4 and 5 are two spellings of a word."""
+    it = task()
+    monkeypatch.setattr(it, "_decode", lambda text: " ".join(str(t // 2) for t in text if t > 1))
+    found = [TextHypothesis((first, EOS), -first, "stop") for first in (4, 5, 8)]
+    monkeypatch.setattr(mwer, "prefix_beam", lambda *given: found)
+    batch = BATCHES.batch(0, 0, 1)
+    heard = the_model(it).hear(batch.features[:1].double(), batch.lengths[:1])
+    assert set(it.n_best(heard, [])) == {(4, EOS), (8, EOS)}
 
 
 def test_shards_add_up_to_the_whole_batch() -> None:

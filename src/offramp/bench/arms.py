@@ -24,7 +24,7 @@ from offramp.decoding.stopping import RowEnd, Stop
 from offramp.energy.trace import Trace
 from offramp.errors import InputError
 from offramp.nn.tower import Tower, TracedTower
-from offramp.results import Step, ratio
+from offramp.results import DraftCounts, Step, ratio
 
 Progress = Callable[[int, int], None]  # (decodings done, decodings in all)
 
@@ -123,10 +123,11 @@ def _prepare(tower: Tower, prompt: Prompt) -> tuple[TracedTower, Chooser]:
 
 def _decoded(steps: Iterable[Step], trace: Trace) -> Decoded:
     made = list(steps)
+    drafts = [DraftCounts.of(step) for step in made]
     return Decoded(
         tokens=tuple(t for step in made for t in step.tokens),
-        drafted=sum(len(step.drafted) for step in made),
-        accepted=sum(step.accepted for step in made),
+        drafted=sum(counts.drafted for counts in drafts),
+        accepted=sum(counts.accepted for counts in drafts),
         verify_calls=len(made),
         first_layer_positions=trace.layer_positions[0],
         last_layer_positions=trace.layer_positions[-1],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offramp.cli.parameters import (
+    Beam,
     BlankSkip,
     Device,
     Json,
@@ -65,7 +66,7 @@ def asr(
     confidence: float | None = None,
     entropy: float | None = None,
     agreement: float | None = None,
-    beam_size: int | None = None,
+    beam_size: Beam = None,
     lm: Path | None = None,
     lm_weight: LmWeight = None,
     device: Device = "cpu",

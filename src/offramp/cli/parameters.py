@@ -31,8 +31,10 @@ LmWeight = Annotated[
 Split = Annotated[str | None, Parameter(help="Take this split only.")]
 Limit = Annotated[int | None, Parameter(help="Take so many utterances at most, drawn at random.")]
 
+_BEAM = ["--beam-size", "--beam"]
+Beam = Annotated[int | None, Parameter(name=_BEAM)]
 StreamBeam = Annotated[
-    int | None, Parameter(help="Beam search with so many hypotheses; default: greedy.")
+    int | None, Parameter(name=_BEAM, help="Beam search with so many hypotheses; default: greedy.")
 ]
 MaxSymbols = Annotated[
     int | None,

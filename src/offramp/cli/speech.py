@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from offramp.cli.parameters import (
+    Beam,
     Device,
     Hotwords,
     Limit,
@@ -39,7 +40,7 @@ def transcribe(
     exit_layer: int | None = None,
     budget_ms: float | None = None,
     budget_macs: float | None = None,
-    beam_size: int | None = None,
+    beam_size: Beam = None,
     lm: Path | None = None,
     lm_weight: LmWeight = None,
     hotword: Hotwords = (),

@@ -55,7 +55,6 @@ class FirstOf(Draft):
             draft.observe(state, Outcome(drafted, accepted, outcome.matches, outcome.hidden))
 
     def keep(self, rows: Sequence[int]) -> None:
-        self._taken = [self._taken[r] for r in rows]
         for draft in self._drafts.values():
             draft.keep(rows)
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offramp.config import check_counts
+from offramp.config import check_counts, check_positive, check_range
 from offramp.decoding.alignment import TextAligner
 from offramp.decoding.stopping import RowEnd, Stop
 from offramp.tokenizer import TextStream
@@ -34,6 +34,8 @@ class GuardOptions:
     def __post_init__(self) -> None:
         check_counts(1, max_unheard=self.max_unheard)
         check_counts(2, repeats=self.repeats)
+        check_positive(min_odds=self.min_odds)
+        check_range(0.0, 1.0, min_odds=self.min_odds)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from offramp.decoding.tower_beam import TextHypothesis, TowerBeam, tower_beam
 from offramp.decoding.verified_beam import CTCTails, HeadTails, TailDraft, verified_beam
 from offramp.energy.trace import Trace
 from offramp.errors import InputError
-from offramp.models.speech_lm import Heard, SpeechLM
+from offramp.models.speech_lm import Heard, Padding, SpeechLM
 from offramp.nn.heads import Heads
 from offramp.nn.tower import TracedTower
 from offramp.results import DecoderCounts, DraftCounts, FinishReason, Step
@@ -199,13 +199,15 @@ class SpeechLMPlan:
             )
 
     @torch.inference_mode()
-    def decode(self, inputs: Tensor, lengths: Tensor) -> tuple[list[SpeechText], PartTimes]:
+    def decode(
+        self, inputs: Tensor, lengths: Tensor, padding: Padding = "right"
+    ) -> tuple[list[SpeechText], PartTimes]:
         """What the encoder reads, of which `lengths` [B] are real -> a text for each row.
 
-        InputError: an utterance leaves the decoder no room for a text.
+        padding: where it stands. InputError: an utterance leaves the decoder no room for a text.
         """
         lap = _Laps(self._model.device)
-        heard = self._model.hear(inputs, lengths)
+        heard = self._model.hear(inputs, lengths, padding=padding)
         encoder_s = lap()
         said = self._said(heard)
         ctc_s = lap()
@@ -297,9 +299,7 @@ class SpeechLMPlan:
             most_drafted = _EXIT_TOKENS if self.draft == "exit" else max(most)
             draft = self._make_draft(said)
             steps = speculate(tower, prompts, draft, most_drafted, chooser, ends, prefixes)
-        # An early exit cannot draft before the prompt is read, which takes a call of its own.
-        calls = 1 if self.draft == "exit" else 0
-        rows = [_Row(guard, calls) for guard in guards]
+        rows = [_Row(guard) for guard in guards]
         for step in steps:
             rows[step.row].add(step, self.draft)
         return rows
@@ -310,7 +310,7 @@ class SpeechLMPlan:
         if self.draft == "exit":
             L = self._model.config.decoder.num_layers
             sure = _EXIT_CONFIDENCE if self._model.device.type == "cpu" else 0.0  # never waits
-            return EarlyExitDraft(self._exit_layer, L, sure, self._eos_ids)
+            return _Exit(self._exit_layer, L, sure, self._eos_ids)
         eos_id = self._model.config.decoder.eos_ids[0]
         return FirstOf(
             {
@@ -342,11 +342,18 @@ class _Plain(NoDraft):
         return Proposal.empty(state)
 
 
-class _Row:
-    """What is decoded of one row, and from where. calls: that came before the first step."""
+class _Exit(EarlyExitDraft):
+    """An early exit, which has nothing to read before the prompt: drafts from the next call on."""
 
-    def __init__(self, guard: Guard | None = None, calls: int = 0) -> None:
-        self.guard, self._calls = guard, calls
+    def open(self, state: DecodeState, k: int) -> Proposal:
+        return Proposal.empty(state)
+
+
+class _Row:
+    """What is decoded of one row, and from where."""
+
+    def __init__(self, guard: Guard | None = None) -> None:
+        self.guard, self._calls = guard, 0
         self.tokens: list[int] = []
         self.reason: FinishReason | None = None
         self._unverified = 0
@@ -354,8 +361,9 @@ class _Row:
 
     @classmethod
     def of(cls, hypothesis: TextHypothesis, calls: int) -> _Row:
-        row = cls(calls=calls)
+        row = cls()
         row.tokens, row.reason = list(hypothesis.tokens), hypothesis.finish_reason
+        row._calls = calls
         return row
 
     def add(self, step: Step, draft: str) -> None:
@@ -365,8 +373,8 @@ class _Row:
         self._unverified += step.unverified
         if step.drafted:
             source = step.source or draft
-            counts = DraftCounts(1, len(step.drafted), step.accepted)
-            self._sources[source] = self._sources.get(source, DraftCounts()) + counts
+            counted = self._sources.get(source, DraftCounts())
+            self._sources[source] = counted + DraftCounts.of(step)
 
     def counts(self) -> DecoderCounts:
         return DecoderCounts(len(self.tokens), self._calls, self._unverified, self._sources)

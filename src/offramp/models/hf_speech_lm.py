@@ -111,6 +111,8 @@ class AudioTowerConfig:
 class AudioTower(nn.Module):
     """A transformers audio tower, layer by layer: a `SpeechEncoder` without exits."""
 
+    time_axis = 2  # of what it reads
+
     def __init__(self, base: Any, config: AudioTowerConfig) -> None:
         super().__init__()
         self.base, self.config = base, config

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,14 @@ from offramp.nn.projector import AnyProjector, CTCProjector, build_projector, to
 from offramp.nn.tower import Tower
 from offramp.tokenizer import TextTokenizer
 
+Padding = Literal["right", "left"]
+
 
 class SpeechEncoder(Protocol):
-    """An encoder with CTC exits, ours or a transformers model's; an `nn.Module` too."""
+    """An encoder with CTC exits, ours or a transformers model's; an `nn.Module` too.
+
+    One whose inputs have their time elsewhere than in axis 1 says so in a `time_axis`.
+    """
 
     @property
     def config(self) -> EncoderShape: ...
@@ -126,6 +131,12 @@ class SpeechLM(nn.Module):
         if projector is None:
             projector = build_projector(config.projector, encoder.config.d_model, width)
         self.projector = projector
+        if (room := self.room(1)) < 1:
+            limit = config.decoder.max_positions
+            raise ConfigError(
+                f"the prompt has {len(prompt)} tokens, and the decoder has {limit} positions for "
+                f"prompt, audio and text; make it one of at most {len(prompt) - 1 + room}"
+            )
         self.heads = None if config.heads is None else build_heads(config.heads, config.decoder)
 
     @property
@@ -143,14 +154,21 @@ class SpeechLM(nn.Module):
 
     # -- hearing -----------------------------------------------------------------------------
 
-    def hear(self, inputs: Tensor, lengths: Tensor, exits: Sequence[int] | None = None) -> Heard:
+    def hear(
+        self,
+        inputs: Tensor,
+        lengths: Tensor,
+        exits: Sequence[int] | None = None,
+        padding: Padding = "right",
+    ) -> Heard:
         """What the encoder reads, of which `lengths` [B] are real -> what the decoder is to know.
 
         exits: whose CTC to read; None: the one that drafts alone, which is read in any case if the
-        projector goes by it. No layer runs twice. InputError: an utterance is too long for the
-        decoder, or too short for the encoder.
+        projector goes by it. No layer runs twice. padding: on which side of the real inputs it
+        stands. InputError: an utterance is too long for the decoder, or too short for the encoder.
         """
         self._check_room(lengths)
+        inputs = self._padded_right(inputs, lengths, padding)
         drafting = self.config.ctc_exit
         if exits is None:
             exits = () if drafting is None else (drafting,)
@@ -164,6 +182,17 @@ class SpeechLM(nn.Module):
         log_probs = None if drafting is None else read.get(drafting)
         audio = self._audio(state.h, state.lengths, log_probs)
         return Heard(audio, log_probs, state.lengths, read)
+
+    def _padded_right(self, inputs: Tensor, lengths: Tensor, padding: Padding) -> Tensor:
+        """`inputs` with all that is real of each row at its beginning."""
+        if padding not in ("right", "left"):
+            raise InputError(f"padding is {padding!r}; it must be 'right' or 'left'")
+        axis: int = getattr(self.encoder, "time_axis", 1)
+        fits = inputs.ndim > axis and lengths.shape == inputs.shape[:1]
+        if padding == "right" or not fits:  # of what does not fit the encoder says why
+            return inputs
+        pairs = zip(inputs, lengths.tolist(), strict=True)
+        return torch.stack([row.roll(n - row.shape[axis - 1], axis - 1) for row, n in pairs])
 
     def _audio(self, h: Tensor, lengths: Tensor, log_probs: Tensor | None) -> list[Tensor]:
         """The embeddings [N_b, D] of each utterance, of the encoder's last state h [B, T', D']."""

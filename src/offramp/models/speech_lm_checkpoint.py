@@ -7,7 +7,7 @@ is part of the weights; one of transformers lies in encoder/, as transformers an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class SpeechLMParts:
     encoder: a CTC encoder of ours, or a transformers CTC model with or without exits. decoder: of
     the Llama family, with its tokenizer. prompt, ctc_exit: as in `SpeechLMConfig`. new_ctc_head:
     the encoder's CTC gets the decoder's tokens, untrained; without it, it must have them where a
-    `ctc_exit` is named.
+    `ctc_exit` is named, by the tokenizers of both.
     """
 
     encoder: str
@@ -169,9 +169,35 @@ def join_speech_lm(
         own, parts.projector, decoder.config, parts.heads, parts.prompt, parts.ctc_exit
     )
     model = SpeechLM(config, PromptTokens.of(config, tokenizer), encoder, decoder)
+    if parts.ctc_exit is not None and not parts.new_ctc_head:
+        written = _ctc_tokens(source, encoder.config.blank_id, reader)
+        remedy = "set new_ctc_head (for an encoder of ours), or leave ctc_exit out"
+        check_same_tokens(written, source, tokenizer, folder, remedy)
     model.projector.init_weights(seed)
     model.to(device).requires_grad_(False).eval()
     return SpeechLMCheckpoint(model, tokenizer, reader)
+
+
+def check_same_tokens(
+    tokens: Sequence[str], encoder: Path, tokenizer: TextTokenizer, decoder: Path, remedy: str
+) -> None:
+    """ConfigError, with the remedy, unless what the decoder in a folder writes are the `tokens` of
+    the encoder in another, id by id."""
+    if list(tokens) != tokenizer.pieces():
+        raise ConfigError(
+            f"the decoder in {decoder} writes other tokens than those of the encoder in {encoder}; "
+            f"{remedy}"
+        )
+
+
+def _ctc_tokens(folder: Path, blank_id: int, reader: PretrainedReader | None) -> list[str]:
+    """What the CTC of the encoder in `folder` writes, by id, but for the blank."""
+    if reader is None:
+        pieces = TextTokenizer.load(folder / "tokenizer.json").pieces()
+    else:
+        theirs = reader.tokenizer
+        pieces = theirs.convert_ids_to_tokens(list(range(len(theirs))))
+    return [piece for i, piece in enumerate(pieces) if i != blank_id]
 
 
 def _with_tokens_of(encoder: CTCEncoder, decoder: DecoderConfig, seed: int) -> CTCEncoder:

@@ -24,6 +24,7 @@ from offramp.models.speech_lm_checkpoint import (
     ENCODER,
     SpeechLMCheckpoint,
     SpeechLMParts,
+    check_same_tokens,
     join_speech_lm,
     load_speech_lm,
 )
@@ -205,11 +206,8 @@ def _decoder(
     folder = start_folder(wanted, "model.decoder")
     made = load_decoder(folder)
     theirs = TextTokenizer.load(folder / "tokenizer.json")
-    if theirs.to_json() != tokenizer.to_json():
-        raise ConfigError(
-            f"the decoder in {folder} writes other tokens than those of the encoder in {encoder}; "
-            "give one that learned from text with tokens_of of that encoder"
-        )
+    remedy = "give one that learned from text with tokens_of of that encoder"
+    check_same_tokens(tokenizer.pieces(), encoder, theirs, folder, remedy)
     check_decoder(made.config, tokenizer, encoder)
     return made
 
