@@ -12,7 +12,7 @@ from offramp.train.speech_lm_recipe import SpeechLMRecipe
 
 recipe = SpeechLMRecipe(
     name="speech-llm-mwer",
-    model="runs/speech-llm-tiny-heads/checkpoint",
+    model="runs/speech-llm-tiny-joint/checkpoint",
     sets=(
         "mini_librispeech_train_clean_5",
         "kathleen_arctic",

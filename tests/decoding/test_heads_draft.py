@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,6 +91,26 @@ def test_the_draft_is_what_the_heads_read_in_the_newest_state(k: int) -> None:
     for step, after in zip(got.steps, got.steps[1:], strict=False):
         at += len(step.tokens)
         assert list(after.drafted) == expected[at - 1][: min(k, MAX_TOKENS - at - 1)]
+
+
+@pytest.mark.parametrize("least", [0.015, 0.02, 0.1, 1.0])
+def test_a_row_drafts_up_to_the_first_head_that_is_not_certain_enough(least: float) -> None:
+    s = listening(8)
+    heads = run.random_heads(s.model, count=4)
+    got = s.drafted(HeadsDraft(heads, least))
+    assert got.rows == s.written
+    drafted = 0
+    for row in range(8):
+        chances = heads.logits(states(s, row), s.model).softmax(-1)
+        own, at = [step for step in got.steps if step.row == row], 0
+        for step, after in pairwise(own):
+            at += len(step.tokens)
+            certain = [float(head.max()) >= least for head in chances[at - 1]]
+            count = certain.index(False) if False in certain else len(certain)
+            expected, room = chances[at - 1, :count].argmax(-1).tolist(), MAX_TOKENS - at - 1
+            assert list(after.drafted[:room]) == expected[:room]
+            drafted += count
+    assert (drafted > 0) == (least < 1.0)
 
 
 def test_with_nothing_chosen_yet_there_is_nothing_to_draft_from() -> None:

@@ -348,23 +348,30 @@ def test_a_missing_start_names_its_setting(manifest: str, encoder: str, tmp_path
 
 
 def test_the_recipes_are_of_one_model_of_at_most_20_million_parameters_and_32_mb() -> None:
-    names = ("decoder", "corrector", "tiny", "tiny_heads", "mwer")
+    names = ("decoder", "corrector", "tiny", "tiny_heads", "tiny_joint", "mwer")
     made_by = [load_recipe(RECIPES / f"speech_llm_{name}.py", {}) for name in names]
-    text, corrector, first, second, third = made_by
+    text, corrector, first, second, joint, last = made_by
     assert isinstance(text, TextRecipe) and isinstance(text.model, DecoderConfig)
     assert isinstance(corrector, TextRecipe)
     assert isinstance(first, SpeechLMRecipe) and isinstance(first.model, NewDecoder)
     assert isinstance(second, SpeechLMRecipe) and isinstance(second.model, NewHeads)
-    assert isinstance(third, SpeechLMRecipe) and isinstance(third.training, MWERTraining)
-    starts = (corrector.model, first.model.decoder, second.model.folder, third.model)
+    assert isinstance(joint, SpeechLMRecipe)
+    assert isinstance(last, SpeechLMRecipe) and isinstance(last.training, MWERTraining)
+    starts = (
+        corrector.model,
+        first.model.decoder,
+        second.model.folder,
+        joint.model,
+        last.model,
+    )
     assert starts == tuple(f"runs/{made.name}/checkpoint" for made in made_by[:-1])
     assert text.tokens_of == first.model.encoder
     wanted = replace(first.model, decoder=text.model)
     start = new_decoder(wanted, resolve("asr-tiny"), 0, torch.device("cpu"))
     first.training.fitted(start.model)
     made = with_heads(start, second.model.heads).model
-    second.training.fitted(made)
-    third.training.fitted(made)
+    for stage in (second, joint, last):
+        stage.training.fitted(made)
     count = sum(p.numel() for p in made.parameters())
     assert 10e6 < count < 20e6 and 2 * count < 32e6, "stored in half precision"
     assert made.room(100 * 20) > 250, "tokens of text behind 20 s"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from offramp.config import check_share
 from offramp.decoding.drafts import DecodeState, Draft, Outcome, Proposal
 from offramp.nn.device import upload
 from offramp.nn.heads import Heads
@@ -22,13 +23,15 @@ from offramp.nn.tower import Tower
 class HeadsDraft(Draft):
     """Heads 2 to K of the tower, K - 1 tokens per round.
 
-    It opens without tokens, so the prompt's call is the first that it drafts from.
+    It opens without tokens, so the prompt's call is the first that it drafts from. min_confidence:
+    a row drafts up to the first head that is less certain of its token; 0: all of them.
     """
 
     wants_hidden = True
 
-    def __init__(self, heads: Heads) -> None:
-        self._heads = heads
+    def __init__(self, heads: Heads, min_confidence: float = 0.0) -> None:
+        check_share(min_confidence=min_confidence)
+        self._heads, self._min_confidence = heads, min_confidence
         self._hidden: Tensor | None = None  # [B, D]
 
     def begin(self, state: DecodeState) -> None:
@@ -41,7 +44,14 @@ class HeadsDraft(Draft):
         if self._hidden is None:  # no call of the tower has chosen anything yet
             return Proposal.empty(state)
         logits = future_logits(self._heads, self._hidden, state.tower)[:, :k]
-        return Proposal(state.chooser.choose(logits, state.lengths(), None))
+        tokens = state.chooser.choose(logits, state.lengths(), None)
+        if not self._min_confidence:
+            return Proposal(tokens)
+        certain = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0] >= self._min_confidence
+        lengths: list[int] = certain.cumprod(1).sum(1).tolist()
+        return Proposal.ragged(
+            state, [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        )
 
     def observe(self, state: DecodeState, outcome: Outcome) -> None:
         assert outcome.hidden is not None, "wants_hidden says so"

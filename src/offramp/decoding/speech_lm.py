@@ -50,6 +50,7 @@ DRAFTS: tuple[DraftName, ...] = get_args(DraftName)
 BEAM_DRAFTS: tuple[DraftName, ...] = ("ctc", "mtp", "none")
 # Of early exits, which draft token by token: as `offramp generate` has them.
 _EXIT_TOKENS, _EXIT_CONFIDENCE = 6, 0.6
+_BRIDGE_CONFIDENCE = 0.5  # of a head, to go before what CTC heard
 
 
 @dataclass(frozen=True)
@@ -311,11 +312,13 @@ class SpeechLMPlan:
             L = self._model.config.decoder.num_layers
             sure = _EXIT_CONFIDENCE if self._model.device.type == "cpu" else 0.0  # never waits
             return _Exit(self._exit_layer, L, sure, self._eos_ids)
-        eos_id = self._model.config.decoder.eos_ids[0]
+        eos_id, drafts = self._model.config.decoder.eos_ids[0], self.draft.split("+")
+        # Before what CTC heard, a token that is wrong makes all of it wrong.
+        least = _BRIDGE_CONFIDENCE if "ctc" in drafts else 0.0
         return FirstOf(
             {
-                name: CTCDraft(said, eos_id) if name == "ctc" else HeadsDraft(self._heads)
-                for name in self.draft.split("+")
+                name: CTCDraft(said, eos_id) if name == "ctc" else HeadsDraft(self._heads, least)
+                for name in drafts
             }
         )
 
