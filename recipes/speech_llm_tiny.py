@@ -9,7 +9,6 @@ offramp train recipes/speech_llm_decoder.py
 offramp train recipes/speech_llm_corrector.py
 offramp train recipes/speech_llm_tiny.py
 offramp train recipes/speech_llm_tiny_heads.py
-offramp train recipes/speech_llm_tiny_joint.py
 offramp train recipes/speech_llm_mwer.py
 """
 

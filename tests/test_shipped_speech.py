@@ -1,4 +1,4 @@
-"""The recogniser that ships: it loads, fits its place, and still writes what it wrote."""
+"""The speech models that ship: they load, fit their place, and still write what they wrote."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from offramp.audio.io import read_audio
 from offramp.audio.vad import VadOptions
 from offramp.data.speech import normalize_text
 from offramp.decoding.exit_policies import edit_distance
+from offramp.decoding.speech_lm import DRAFTS, SpeechLMOptions, available_drafts
 from offramp.demo import RECORDING, SAID
 from offramp.models.hub import SHIPPED
 from offramp.recognizer import Recognizer, TranscribeOptions
+from offramp.speech_lm_recognizer import SpeechLMRecognizer
 from offramp.stream_events import Final, Latency
 from offramp.streaming import StreamingRecognizer
 
@@ -45,3 +47,20 @@ def test_stream_tiny_writes_the_sentence_of_the_demo_as_it_comes_in() -> None:
     events = list(recognizer.stream(torch.split(samples, 1600)))
     assert " ".join(e.text for e in events if isinstance(e, Final)) == whole
     assert Latency.of(events).first_partial_ms is not None
+
+
+def test_speech_llm_tiny_writes_the_sentence_of_the_demo_in_fewer_calls() -> None:
+    """At most half of the words are wrong, the same text with every draft; those by default save
+    at least half of the decoder's calls."""
+    folder = SHIPPED["speech-llm-tiny"]
+    assert all(path.stat().st_size <= LARGEST for path in folder.iterdir())
+    recognizer, vad = SpeechLMRecognizer.load("speech-llm-tiny"), VadOptions(detector="energy")
+    assert available_drafts(recognizer.model) == DRAFTS
+    made = {
+        draft: recognizer.transcribe(RECORDING, SpeechLMOptions(draft, vad=vad)) for draft in DRAFTS
+    }
+    words = normalize_text(SAID).split()
+    assert edit_distance(made["none"].text.split(), words) <= len(words) / 2
+    assert len({transcript.text for transcript in made.values()}) == 1
+    calls = {draft: t.decoding.counts.calls for draft, t in made.items() if t.decoding}
+    assert max(calls.values()) == calls["none"] >= 2 * calls["ctc+mtp"]

@@ -2,11 +2,14 @@
 
 For each prompt: the text as drafts make it, then the same text token by token, whether the two
 are identical, and what each cost. For a recording: what each exit writes, where the exit policy
-leaves, and what that saves; then its text as it comes in, which is what hearing it at once gives.
+leaves, and what that saves; its text as it comes in, which is what hearing it at once gives; and
+what a Speech-LM writes, in fewer calls of its decoder with drafts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +22,12 @@ from offramp.audio.vad import VadOptions
 from offramp.data.corpora import parse_prompt
 from offramp.data.speech import normalize_text
 from offramp.decoding.exit_policies import Confidence, edit_distance
+from offramp.decoding.speech_lm import SpeechLMOptions, available_drafts
 from offramp.decoding.stopping import Stop
 from offramp.errors import OfframpError
 from offramp.recognizer import Recognizer, TranscribeOptions
 from offramp.results import DecodeStats, Transcript, ratio
+from offramp.speech_lm_recognizer import SpeechLMRecognizer
 from offramp.stream_events import Endpoint, Final
 from offramp.streaming import StreamingRecognizer
 
@@ -33,6 +38,7 @@ UTTERANCES = (
 BEGINNING = "The count opened the"
 RECORDING = Path(__file__).parent / "samples" / "kathleen_a0339.flac"
 SAID = "They obeyed him, and went here and there at his commands."
+_ONE_SENTENCE = VadOptions(detector="energy")  # nothing to find, and no extra needed
 
 
 def run() -> None:
@@ -52,6 +58,7 @@ def run() -> None:
     _show(load("lm-tiny"), "lm-tiny", BEGINNING, 60)
     _speech()
     _stream()
+    _speech_llm()
 
 
 def _warm_up(model: Model) -> None:
@@ -89,12 +96,14 @@ def _speech(model: str = "asr-tiny") -> None:
     """A recording at every exit, and under the confidence policy."""
     recognizer, confidence = Recognizer.load(model), Confidence()
     policy = "confidence policy"
-    whole = VadOptions(detector="energy")  # one sentence: nothing to find, and no extra needed
     ways = {
-        f"exit {e}": TranscribeOptions(exit_layer=e, vad=whole) for e in recognizer.config.exits
+        f"exit {e}": TranscribeOptions(exit_layer=e, vad=_ONE_SENTENCE)
+        for e in recognizer.config.exits
     }
-    ways[policy] = TranscribeOptions(exit_policy=confidence, vad=whole)
-    made = _transcripts(recognizer, ways)
+    ways[policy] = TranscribeOptions(exit_policy=confidence, vad=_ONE_SENTENCE)
+    made = _transcripts(
+        {name: partial(recognizer.transcribe, RECORDING, how) for name, how in ways.items()}
+    )
     terminal.out.print(f"{model}: {RECORDING.name}, {SAID!r}", style="cyan")
     for name, transcript in made.items():
         terminal.out.print(f"{name:>17}  {transcript.text}", markup=False)
@@ -131,6 +140,39 @@ def _stream(model: str = "stream-tiny") -> None:
     )
 
 
+def _speech_llm(model: str = "speech-llm-tiny") -> None:
+    """The recording with each draft that the checkpoint has; OfframpError if that changes the
+    text."""
+    recognizer = SpeechLMRecognizer.load(model)
+    options = {
+        name: SpeechLMOptions(draft=name, vad=_ONE_SENTENCE)
+        for name in available_drafts(recognizer.model)
+    }
+    made = _transcripts(
+        {name: partial(recognizer.transcribe, RECORDING, how) for name, how in options.items()}
+    )
+    plain = made["none"].text
+    terminal.out.print(f"{model}: {RECORDING.name}", style="cyan")
+    for name, transcript in made.items():
+        if transcript.text != plain:
+            raise OfframpError(
+                f"{model} wrote {transcript.text!r} with draft {name} and {plain!r} without; "
+                "this is a defect of ours, please report it"
+            )
+    words = normalize_text(SAID).split()
+    terminal.out.print(plain, markup=False)
+    calls = ", ".join(f"{_calls(t)} with {name}" for name, t in made.items() if name != "none")
+    terminal.out.print(
+        f"The same text with every draft, {edit_distance(words, plain.split())} of {len(words)} "
+        f"words wrong; {_calls(made['none'])} calls of the decoder without drafts, {calls}.\n"
+    )
+
+
+def _calls(transcript: Transcript) -> int:
+    assert transcript.decoding is not None, "it is of a Speech-LM"
+    return transcript.decoding.counts.calls
+
+
 def _show_costs(made: dict[str, Transcript], words: list[str]) -> None:
     """A row per way: word errors, exit layer, and what it cost."""
     most = max(transcript.macs for transcript in made.values())
@@ -150,11 +192,11 @@ def _show_costs(made: dict[str, Transcript], words: list[str]) -> None:
 
 
 def _transcripts(
-    recognizer: Recognizer, ways: dict[str, TranscribeOptions], rounds: int = 3
+    ways: Mapping[str, Callable[[], Transcript]], rounds: int = 3
 ) -> dict[str, Transcript]:
     """The run of median time of each way, after one to warm up; the ways take turns."""
     runs: dict[str, list[Transcript]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
-        for name, options in ways.items():
-            runs[name].append(recognizer.transcribe(RECORDING, options))
+        for name, transcribe in ways.items():
+            runs[name].append(transcribe())
     return {name: sorted(r[1:], key=lambda t: t.seconds)[rounds // 2] for name, r in runs.items()}

@@ -23,7 +23,7 @@ from offramp.config import EncoderConfig
 from offramp.decoding.alignment import text_words
 from offramp.decoding.ctc import geometric_mean
 from offramp.decoding.encoder_cost import tower_macs
-from offramp.decoding.guard import Flag
+from offramp.decoding.guard import Flag, joined
 from offramp.decoding.speech_lm import PartTimes, SpeechLMOptions, SpeechLMPlan, SpeechText
 from offramp.errors import InputError
 from offramp.models import hub
@@ -151,9 +151,8 @@ class _Writer:
             local = text_words(made.spans, made.parts, self.reader.frame_s, seconds)
             moved = placed(local, segment, self.reader)
         flagged = [flagged_words(flag, made.parts) for flag in made.flags]
-        flags = tuple(
-            flag for flag in flagged if flag.start < flag.stop
-        )  # some tokens write nothing
+        # Some tokens write nothing, and two runs of tokens may be of one word.
+        flags = tuple(joined([flag for flag in flagged if flag.start < flag.stop]))
         return TranscriptSegment(
             start_s=segment.start_s,
             end_s=segment.end_s,

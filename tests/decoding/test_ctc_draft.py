@@ -214,10 +214,42 @@ def rest_of(heard: list[int], written: list[int]) -> tuple[list[int], list[int]]
     draft.begin(state)
     for token in written:
         state.texts[0].append(token)
-        draft.observe(state, Outcome([0], [0]))
+        draft.observe(state, Outcome([0], [0], beyond=[[]]))
     more = draft.extend(state, 0, [7])
     assert draft.extend(state, 0, [7]) == more, "to be asked is not to follow"
     return draft.propose(state, 9).tokens[0].tolist(), more
+
+
+def corrected(heard: list[int], written: list[int], chosen: list[int]) -> list[int]:
+    """What is proposed once a call that read all of `heard` wrote `written`, and chose `chosen`
+    behind it."""
+    model = run.model()
+    chooser = Chooser(Sampling(), [[1]], [0], 61, model.device)
+    state = DecodeState(model, KVCache(model.config, 1, 8), [[1]], chooser)
+    draft = CTCDraft([heard], eos_id=0)
+    draft.begin(state)
+    assert draft.open(state, 20).tokens[0].tolist() == [*heard, 0]
+    state.texts[0] += written
+    draft.observe(state, Outcome([len(heard) + 1], [len(written) - 1], beyond=[chosen]))
+    return draft.extend(state, 0, [])
+
+
+@pytest.mark.parametrize(
+    ("heard", "written", "chosen", "rest"),
+    [
+        # 9 for 5, and once three tokens are said as heard, 8 for 4
+        ([5, 1, 2, 3, 4, 6], [9], [1, 2, 3, 8, 6, 0], [1, 2, 3, 8, 6, 0]),
+        ([5, 1, 2, 3, 4, 6], [9], [1, 2, 7, 8, 6, 0], [1, 2, 3, 4, 6, 0]),  # not back yet
+        ([5, 1, 2, 3, 4, 6], [9], [1, 2, 3, 8, 0, 0], [1, 2, 3, 8, 6, 0]),  # no end before its time
+        ([5, 1, 2, 3], [9], [1, 2, 3, 8], [1, 2, 3, 8, 0]),  # nor where more is to come
+        ([5, 1, 2, 3, 4, 6], [9], [1], [1, 2, 3, 4, 6, 0]),  # a draft that was cut
+        ([5, 1, 2], [5, 1, 2, 0], [], [0]),
+    ],
+)
+def test_a_call_that_finds_an_error_corrects_those_behind_it(
+    heard: list[int], written: list[int], chosen: list[int], rest: list[int]
+) -> None:
+    assert corrected(heard, written, chosen) == rest
 
 
 def test_what_goes_on_is_what_was_heard_from_the_place_on() -> None:

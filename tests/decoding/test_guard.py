@@ -10,7 +10,7 @@ import torch
 
 import toy_decoding
 from offramp.decoding.autoregressive import autoregress
-from offramp.decoding.guard import Flag, Guard, GuardedEnd, GuardOptions, repeats
+from offramp.decoding.guard import Flag, Guard, GuardedEnd, GuardOptions, joined, repeats
 from offramp.decoding.sampling import Chooser
 from offramp.decoding.speculative import speculate
 from offramp.decoding.stopping import Stop
@@ -179,6 +179,17 @@ def test_text_that_was_held_back_comes_out_when_the_guard_stops() -> None:
     end = GuardedEnd(stop, Letters(), guard)  # type: ignore[arg-type]
     assert end.push([4, 2, 1, 4, 4]) == (3, "ecb.")
     assert end.reason == "stop"
+
+
+def test_flags_that_touch_are_one_flag() -> None:
+    def spans(*flags: tuple[int, int]) -> list[tuple[int, int]]:
+        made = joined([Flag("unheard", *flag) for flag in flags])
+        return [(flag.start, flag.stop) for flag in made]
+
+    assert spans((13, 18), (13, 22), (31, 36)) == [(13, 22), (31, 36)]
+    assert spans((3, 5), (8, 9), (4, 12), (12, 13), (15, 16)) == [(3, 13), (15, 16)]
+    assert spans() == []
+    assert joined([Flag("unheard", 1, 3), Flag("repetition", 2, 4)]) == [Flag("unheard", 1, 4)]
 
 
 def test_a_text_that_is_cut_where_it_is_flagged_was_cut() -> None:

@@ -266,6 +266,9 @@ def test_a_tokenizer_that_cannot_write_the_prompt_is_refused() -> None:
     large = toy_speech_lm.tokenizer([f"w{i}" for i in range(60)])
     with pytest.raises(ConfigError, match="the tokenizer has 62 tokens and the decoder 61"):
         PromptTokens.of(toy_speech_lm.config(), large)
+    other = TextTokenizer(Tokenizer(models.BPE({"a": 0}, [])))
+    with pytest.raises(ConfigError, match=r"has 1 tokens and none for \[1\], which begin or end"):
+        PromptTokens.of(toy_speech_lm.config(), other)
 
 
 def test_what_ctc_wrote_is_spelled_in_the_decoders_own_embeddings() -> None:

@@ -348,20 +348,18 @@ def test_a_missing_start_names_its_setting(manifest: str, encoder: str, tmp_path
 
 
 def test_the_recipes_are_of_one_model_of_at_most_20_million_parameters_and_32_mb() -> None:
-    names = ("decoder", "corrector", "tiny", "tiny_heads", "tiny_joint", "mwer")
+    names = ("decoder", "corrector", "tiny", "tiny_heads", "mwer")
     made_by = [load_recipe(RECIPES / f"speech_llm_{name}.py", {}) for name in names]
-    text, corrector, first, second, joint, last = made_by
+    text, corrector, first, second, last = made_by
     assert isinstance(text, TextRecipe) and isinstance(text.model, DecoderConfig)
     assert isinstance(corrector, TextRecipe)
     assert isinstance(first, SpeechLMRecipe) and isinstance(first.model, NewDecoder)
     assert isinstance(second, SpeechLMRecipe) and isinstance(second.model, NewHeads)
-    assert isinstance(joint, SpeechLMRecipe)
     assert isinstance(last, SpeechLMRecipe) and isinstance(last.training, MWERTraining)
     starts = (
         corrector.model,
         first.model.decoder,
         second.model.folder,
-        joint.model,
         last.model,
     )
     assert starts == tuple(f"runs/{made.name}/checkpoint" for made in made_by[:-1])
@@ -370,7 +368,7 @@ def test_the_recipes_are_of_one_model_of_at_most_20_million_parameters_and_32_mb
     start = new_decoder(wanted, resolve("asr-tiny"), 0, torch.device("cpu"))
     first.training.fitted(start.model)
     made = with_heads(start, second.model.heads).model
-    for stage in (second, joint, last):
+    for stage in (second, last):
         stage.training.fitted(made)
     count = sum(p.numel() for p in made.parameters())
     assert 10e6 < count < 20e6 and 2 * count < 32e6, "stored in half precision"

@@ -178,7 +178,8 @@ def speech_llm(
         rounds: Times that every utterance is decoded in each way; the median counts.
     """
     check_outputs(json, plot)
-    need_extra("wer", "bench speech-llm")
+    for extra in ("wer", "hf"):
+        need_extra(extra, "bench speech-llm")
     set_threads(threads)
     from offramp import plots, terminal, terminal_speech_lm
     from offramp.bench import speech_llm as bench

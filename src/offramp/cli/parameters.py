@@ -59,6 +59,7 @@ HARDWARE = "edge45,mobile-low,mobile-high,mcu"
 
 # What --lm and others need: (the module, the package), and the extra is called as here.
 _EXTRAS = {
+    "hf": ("transformers", "transformers"),
     "lm": ("flashlight", "flashlight-text"),
     "mic": ("sounddevice", "sounddevice"),
     "vad": ("silero_vad", "silero-vad"),

@@ -107,13 +107,16 @@ class Outcome:
 
     matches: exit of `watch` -> (agreements with the tower, positions compared), summed over
     rows and the positions that were read in the true context. hidden [B, D], if the draft wants
-    it: each row's state after all layers, of which its newest token was chosen.
+    it: each row's state after all layers, of which its newest token was chosen. beyond: per row
+    what the tower chose behind its newest token, for each drafted token that it read there: a guess
+    at what it will write, for what it read holds the token that it did not want.
     """
 
     drafted: Sequence[int]
     accepted: Sequence[int]
     matches: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     hidden: Tensor | None = None
+    beyond: Sequence[Sequence[int]] = ()
 
 
 class Draft(Protocol):

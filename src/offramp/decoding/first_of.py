@@ -52,7 +52,7 @@ class FirstOf(Draft):
             own = [n if source == name else 0 for source, n in self._taken]
             drafted = list(map(min, own, outcome.drafted))
             accepted = list(map(min, own, outcome.accepted))
-            draft.observe(state, Outcome(drafted, accepted, outcome.matches, outcome.hidden))
+            draft.observe(state, replace(outcome, drafted=drafted, accepted=accepted))
 
     def keep(self, rows: Sequence[int]) -> None:
         for draft in self._drafts.values():

@@ -9,8 +9,8 @@ What is flagged follows from the tokens alone, so a guarded text is the same for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from offramp.config import check_counts, check_positive, check_range
 from offramp.decoding.alignment import TextAligner
 from offramp.decoding.stopping import RowEnd, Stop
+from offramp.results import TextFlag
 from offramp.tokenizer import TextStream
 
 
@@ -67,12 +68,8 @@ class Guard:
         found = self._look()
         if found is None:
             return None
-        last = self.flags[-1] if self.flags else None
-        if last is not None and last.stop == len(self._tokens) - 1:
-            found = Flag(last.kind, last.start, len(self._tokens))
-            self.flags.pop()
-        self.flags.append(found)
-        return found
+        self.flags = joined([*self.flags, found])
+        return self.flags[-1]
 
     def _look(self) -> Flag | None:
         """What is wrong with the end of the text."""
@@ -112,6 +109,21 @@ class GuardedEnd(RowEnd):
                 self._held += self._stream.flush()
             text += self._release(all_of_it=True)
         return text
+
+
+F = TypeVar("F", Flag, TextFlag)
+
+
+def joined(flags: Sequence[F]) -> list[F]:
+    """Flags in the order of their ends, those that touch as one, of the kind that came first."""
+    made: list[F] = []
+    for flag in flags:
+        start = flag.start
+        while made and start <= made[-1].stop:
+            flag = replace(made.pop(), stop=flag.stop)
+            start = min(start, flag.start)
+        made.append(replace(flag, start=start))
+    return made
 
 
 def repeats(tokens: Sequence[int], period: int) -> bool:

@@ -215,7 +215,8 @@ def _outcome(
     accepted = [min(a, n) for a, n in zip(agreed, emitted, strict=True)]
     matches = {e: _matches(w, seen.chosen, agreed) for e, w in seen.watched.items()}
     hidden = at_columns(seen.hidden, [[n - 1] for n in emitted])[:, 0] if wants_hidden else None
-    return Outcome(drafted, accepted, matches, hidden)
+    beyond = [c[e : n + 1] for c, e, n in zip(seen.chosen, emitted, drafted, strict=True)]
+    return Outcome(drafted, accepted, matches, hidden, beyond)
 
 
 def _agreement(drafted: Sequence[int], chosen: Sequence[int]) -> int:

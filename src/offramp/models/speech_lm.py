@@ -76,6 +76,12 @@ class PromptTokens:
         for text, tokens in zip(texts, (before, after), strict=True):
             if text and not tokens:
                 raise ConfigError(f"the tokenizer has no tokens for {text!r} of the prompt")
+        ends = [t for t in (decoder.bos_id, *decoder.eos_ids) if t is not None and t >= size]
+        if ends:
+            raise ConfigError(
+                f"the tokenizer has {size} tokens and none for {ends}, which begin or end the "
+                "decoder's texts; give the decoder's own"
+            )
         if not texts[1]:
             assert decoder.bos_id is not None  # SpeechLMConfig sees to it
             after = (decoder.bos_id,)
