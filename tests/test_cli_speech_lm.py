@@ -210,4 +210,4 @@ def test_bench_says_which_extra_it_needs(
     words = ("bench", "speech-llm", "--model", places["whole"], "--data", places["manifest"])
     status, out, err = offramp(capsys, *words)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "compares with transformers; pip install 'offramp[hf]'" in err
+    assert "bench speech-llm needs transformers: pip install 'offramp[hf]'" in err

@@ -413,12 +413,15 @@ def test_a_draft_is_told_what_became_of_its_tokens() -> None:
     )
     got = run.drafted(model, TEXTS, draft, 3, [Stop(12), Stop(5)])
     assert got.rows == run.plain(model, TEXTS, [Stop(12), Stop(5)])
+    # Behind the newest token the tower read one that was wrong: what it chose there is told too.
+    (misled,) = run.plain(model, [[*TEXTS[1], two[0], wrong[1]]], [Stop(1)])
     assert draft.outcomes == [
-        Outcome([3, 2], [3, 1]),
-        Outcome([1, 0], [0, 0]),
-        Outcome([3, 2], [3, 2]),
-        Outcome([2], [2]),
+        Outcome([3, 2], [3, 1], beyond=[[], [*misled.tokens]]),
+        Outcome([1, 0], [0, 0], beyond=[draft.outcomes[1].beyond[0], []]),
+        Outcome([3, 2], [3, 2], beyond=[[], draft.outcomes[2].beyond[1]]),
+        Outcome([2], [2], beyond=[[]]),
     ]
+    assert len(draft.outcomes[1].beyond[0]) == len(draft.outcomes[2].beyond[1]) == 1
     assert draft.kept == [[0]]
 
 
