@@ -77,7 +77,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no such layout": (
         change_config(lambda v: next(iter(v["packed"].values())).update(layout="zip")),
-        "layout is 'zip'; allowed: dense, bitmap, blocks",
+        "layout is 'zip'; allowed: dense, half, bitmap, blocks",
     ),
     "packed, but no tensor": (
         change_config(lambda v: v["packed"].update(ghost={"layout": "dense", "bits": 8})),
@@ -94,8 +94,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "codes cannot be unpacked, its index does not fit",
     ),
     "scales of another kind": (
-        damage.tensors(lambda t: t.update({f"{QKV}.linear.scales": torch.ones(24).int()})),
-        "scales is torch.int32 .24., config.json says torch.float32",
+        damage.tensors(lambda t: t.update({f"{QKV}.linear.scales.values": torch.ones(24).int()})),
+        "scales cannot be unpacked, it is half, and of torch.int32",
     ),
     "channels that are not there": (
         damage.tensors(lambda t: t[f"{QKV}.outputs"].add_(40)),

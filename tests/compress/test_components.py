@@ -50,7 +50,7 @@ def test_codes_are_bytes_and_their_products_int8() -> None:
     small = WeightQuantization(8, "int8").apply(model)
     found, before = stored_weights(small), stored_weights(model)
     joiner, J, V = found["joiner"], 20, 10
-    assert joiner.stored_bytes == joiner.read_bytes == J * V + 4 * V + 4 * V  # codes, scale, bias
+    assert joiner.stored_bytes == joiner.read_bytes == J * V + 2 * V + 2 * V  # codes, scale, bias
     assert joiner.macs == {"int8": J * V}
     assert found["blank_head"].macs == {"int8": J}
     chunk = model.config.chunking
@@ -59,7 +59,7 @@ def test_codes_are_bytes_and_their_products_int8() -> None:
     assert found["encoder"].macs["fp32"] == attention
     for name, held in found.items():
         assert sum(held.macs.values()) == sum(before[name].macs.values())
-    row = 12 + 4  # codes and a scale
+    row = 12 + 2  # codes and a scale
     assert found["predictor"].row_bytes == row
     stored = stored_size(small).of(["predictor"]).nbytes
     assert found["predictor"].stored_bytes == stored
@@ -69,7 +69,7 @@ def test_codes_are_bytes_and_their_products_int8() -> None:
 def test_activations_decide_the_products_dtype() -> None:
     found = stored_weights(WeightQuantization(4).apply(transducer()))
     assert found["joiner"].macs == {"bf16": 220}
-    assert found["joiner"].stored_bytes == 220 // 2 + 4 * 11 + 4 * 11
+    assert found["joiner"].stored_bytes == 220 // 2 + 2 * 11 + 2 * 11
 
 
 def test_what_is_really_smaller_computes_less_and_zeros_do_not() -> None:

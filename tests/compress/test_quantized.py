@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import toy
 from offramp.compress.method import modules_of
-from offramp.compress.quantize import WeightQuantization
+from offramp.compress.quantize import WeightQuantization, halved
 from offramp.compress.quantized import (
     ACTIVATIONS,
     QuantizedConv1d,
@@ -162,8 +162,21 @@ def test_embeddings_and_convolutions_read_what_their_weight_says() -> None:
     assert isinstance(small, QuantizedConv1d)
     x = random(2, 16, 9)
     weight = small.weight
-    assert torch.equal(small(x), F.conv1d(x, weight, conv.bias, 2, 1, groups=4))
+    assert torch.equal(small(x), F.conv1d(x, weight, small.bias, 2, 1, groups=4))
     torch.testing.assert_close(weight, conv.weight, atol=2e-3, rtol=0)
+    torch.testing.assert_close(small.bias, conv.bias, atol=3e-4, rtol=0)
+
+
+def test_vectors_become_numbers_that_16_bits_hold_as_well() -> None:
+    layer = quantized(nn.Linear(16, 8))
+    for vector in (layer.bias, layer.scales):
+        assert vector.dtype == torch.float32 and torch.equal(vector.half().float(), vector)
+    wide = torch.tensor([1.0, 1e-3, 7e4])  # more than float16 holds
+    assert torch.equal(halved(wide), wide)
+    assert torch.equal(halved(torch.full((3,), 1e-8)), torch.full((3,), 1e-8))  # or less
+    third = torch.tensor([1 / 3, 1e-9])
+    assert torch.equal(halved(third), third.half().float())
+    assert halved(torch.zeros(0)).shape == (0,)
 
 
 def test_a_convolution_that_cannot_be_kept_is_refused() -> None:

@@ -75,6 +75,8 @@ def unpack(packed: Packed) -> Tensor:
     if packed.layout in ("dense", "half"):
         if packed.index is not None:
             raise ValueError(f"it is {packed.layout}, and has an index")
+        if packed.layout == "half" and packed.values.dtype != torch.float16:
+            raise ValueError(f"it is half, and of {packed.values.dtype}")
         whole = _widen(packed.values, bits, prod(shape)).view(shape)
         return whole.float() if packed.layout == "half" else whole
     rows, columns = shape[0], prod(shape[1:])
