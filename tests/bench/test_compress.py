@@ -22,7 +22,6 @@ from offramp.bench.compress_measure import MEASURED, Ear, Measurements
 from offramp.bench.compress_rounds import SearchOptions, Session, Tried, search
 from offramp.bench.stream_profile import ProfileOptions
 from offramp.bench.stream_profile import run as profile
-from offramp.cli import main
 from offramp.compress.checkpoint import save_compressed
 from offramp.compress.components import stored_weights
 from offramp.compress.plan import Choice, CompressionPlan
@@ -445,8 +444,8 @@ def test_the_command_shows_plan_energy_and_a_closing_line(
     (tmp_path / "o" / MEASURED).write_text((small[0] / MEASURED).read_text())
     words = ["compress", "--model", folder / "m", "--data", folder / "dev.tsv", "-o"]
     words += [tmp_path / "o", "--max-wer-increase", "60", "--plot", tmp_path / "f.png"]
-    main([str(word) for word in words])
-    shown = capsys.readouterr().out
+    status, shown, _ = offramp(capsys, *words)
+    assert status == 0
     assert "modelled, memory-traffic energy; not measured" in shown
     bytes_of = ("kB of weights as they run", "kB of model.safetensors")
     for name in ("encoder", "joiner", "mJ per s, mcu", "planner", "size optimal", *bytes_of):
