@@ -448,7 +448,7 @@ def test_the_command_shows_plan_energy_and_a_closing_line(
     assert status == 0
     assert "modelled, memory-traffic energy; not measured" in shown
     bytes_of = ("kB of weights as they run", "kB of model.safetensors")
-    for name in ("encoder", "joiner", "mJ per s, mcu", "size optimal", *bytes_of):
+    for name in ("encoder", "joiner", "mJ per s, mcu", *bytes_of):
         assert name in shown
     assert shown.splitlines()[-1].startswith("modelled ")
     assert "not measured; WER +" in shown.splitlines()[-1]
